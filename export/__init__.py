@@ -1,0 +1,1 @@
+"""Write a deployable directory: checkpoint, model card, manifest, ONNX."""

@@ -1,0 +1,1 @@
+"""Serve a build over HTTP and measure it against its parent."""

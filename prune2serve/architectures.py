@@ -48,10 +48,7 @@ REFUSED: dict[str, str] = {
 """Model type -> the reason it cannot be pruned correctly by removing decoder layers."""
 
 ENCODERS = frozenset(
-    "bert roberta xlm-roberta xlm-roberta-xl roberta-prelayernorm camembert electra ernie data2vec-text "
-    "megatron-bert big_bird rembert roformer roc_bert bert-generation xmod distilbert deberta deberta-v2 mpnet "
-    "modernbert nomic_bert eurobert albert mobilebert squeezebert longformer funnel convbert fnet vit dinov2 clip "
-    "siglip wav2vec2 hubert esm layoutlm layoutlmv2 layoutlmv3 lilt markuplm".split()
+    ["bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "electra", "ernie", "data2vec-text", "megatron-bert", "big_bird", "rembert", "roformer", "roc_bert", "bert-generation", "xmod", "distilbert", "deberta", "deberta-v2", "mpnet", "modernbert", "nomic_bert", "eurobert", "albert", "mobilebert", "squeezebert", "longformer", "funnel", "convbert", "fnet", "vit", "dinov2", "clip", "siglip", "wav2vec2", "hubert", "esm", "layoutlm", "layoutlmv2", "layoutlmv3", "lilt", "markuplm"]
 )
 """Bidirectional encoders: they have no next-token distribution to keep."""
 

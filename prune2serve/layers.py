@@ -5,12 +5,17 @@ No weight is copied, so trying a set of layers costs a forward pass and nothing 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from prune2serve.architectures import count_field, decoder_config, find_layer_list, refuse_model_type
+from prune2serve.errors import Prune2ServeError
+from prune2serve.merging import merge_tensor
 from prune2serve.model_config import check_kept, pruned_fields
+from prune2serve.records import Merge, PruningPlan, Replacement
+from prune2serve.tensors import read_replacement, read_tensor
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +81,63 @@ def splice(model: PreTrainedModel, modules: Sequence[torch.nn.Module], stands_fo
         setattr(config, count_field(config), len(stands_for))
     for index, module in enumerate(modules):
         _renumber(module, index)
+
+
+@contextmanager
+def plan_in_memory(model: PreTrainedModel, plan: PruningPlan) -> Iterator[PreTrainedModel]:
+    """Inside the block the model is what `surgery.write_pruned` would write for this plan.
+
+    Layers that a merge or a replacement changes are copies; all others are the model's own.
+    """
+    with spliced(model, planned_layers(model, plan), plan.kept):
+        yield model
+
+
+def apply_plan_in_memory(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+    """Turn the model into the pruned one for good, and return it; see `plan_in_memory`."""
+    splice(model, planned_layers(model, plan), plan.kept)
+    return model
+
+
+def planned_layers(model: PreTrainedModel, plan: PruningPlan) -> list[torch.nn.Module]:
+    """Return the decoder layers of the pruned model: the model's own, and changed copies of some."""
+    layers = decoder_layers(model)
+    if len(layers) != plan.num_layers:
+        raise Prune2ServeError(
+            f"the plan is for a model of {plan.num_layers} layers, this one has {len(layers)}"
+        )
+    merges = {merge.low: merge for merge in plan.merges}
+    chosen = []
+    for layer in plan.kept:
+        replacements = [replacement for replacement in plan.replacements if replacement.layer == layer]
+        module = layers[layer]
+        if layer in merges or replacements:
+            module = _changed(layers, layer, merges.get(layer), replacements)
+        chosen.append(module)
+    return chosen
+
+
+def _changed(
+    layers: torch.nn.ModuleList, layer: int, merge: Merge | None, replacements: Sequence[Replacement]
+) -> torch.nn.Module:
+    module = copy.deepcopy(layers[layer])
+    weights = module.state_dict()
+    if merge:
+        run = [layers[index].state_dict() for index in range(merge.low, merge.high + 1)]
+        if any({n: t.shape for n, t in w.items()} != {n: t.shape for n, t in weights.items()} for w in run):
+            raise Prune2ServeError(
+                f"layers {merge.low} to {merge.high} cannot be merged: their tensors differ; merge layers of one kind"
+            )
+        weights = {name: merge_tensor(name, [w[name] for w in run], merge.rule) for name in weights}
+    for replacement in replacements:
+        for entry in read_replacement(replacement):
+            if entry.name not in weights or weights[entry.name].shape != entry.shape:
+                raise Prune2ServeError(
+                    f"{entry.file} replaces {entry.name!r}, which layer {layer} has not in that shape"
+                )
+            weights[entry.name] = read_tensor(entry)
+    module.load_state_dict(weights)
+    return module
 
 
 def _layer_path(model: PreTrainedModel) -> str:

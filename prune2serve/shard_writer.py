@@ -121,7 +121,7 @@ def _copy_in_kernel(stream: int, target: int, source: TensorEntry, advance: Adva
 def _write_tensor(values: torch.Tensor, target: int) -> int:
     import torch
 
-    raw = memoryview(values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    raw = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     _write_all(target, raw)
     return len(raw)
 

@@ -7,7 +7,6 @@ at a time. Memory is bounded by the few tensors of one merge, whatever the model
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import re
 import shutil
@@ -18,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prune2serve.architectures import Architecture, architecture_of
-from prune2serve.errors import CorruptCheckpointError, Prune2ServeError
+from prune2serve.errors import Prune2ServeError
 from prune2serve.merging import chosen_layer, merge_tensor
 from prune2serve.model_config import prune_config
 from prune2serve.progress import task
-from prune2serve.records import Checkpoint, Merge, PruningPlan, Replacement
-from prune2serve.safetensors_header import TensorEntry, read_header
+from prune2serve.records import Checkpoint, Merge, PruningPlan
+from prune2serve.safetensors_header import TensorEntry
 from prune2serve.shard_writer import Output, pack, write_shard
 from prune2serve.tensors import (
     INDEX_FILE,
@@ -31,6 +30,7 @@ from prune2serve.tensors import (
     TensorIndex,
     is_float,
     read_index,
+    read_replacement,
     read_tensor,
     torch_dtype,
 )
@@ -107,7 +107,7 @@ def plan_tensors(index: TensorIndex, architecture: Architecture, plan: PruningPl
     """
     position = {layer: new for new, layer in enumerate(plan.kept)}
     merges = {merge.low: merge for merge in plan.merges}
-    replaced = _replacement_tensors(plan.replacements)
+    replaced = {(r.layer, entry.name): entry for r in plan.replacements for entry in read_replacement(r)}
     outputs = []
     for name, entry in index.entries.items():
         place = architecture.split(name)
@@ -169,7 +169,7 @@ def _replaced(new_name: str, new: TensorEntry, old: TensorEntry) -> Output:
 def _merged(
     new_name: str, inside: str, merge: Merge, index: TensorIndex, architecture: Architecture
 ) -> Output:
-    run = []
+    run: list[TensorEntry] = []
     for layer in range(merge.low, merge.high + 1):
         name = f"{architecture.layer_prefix}{layer}.{inside}"
         entry = index.entries.get(name)
@@ -192,21 +192,6 @@ def _merged(
 
 def _merge_entries(inside: str, run: Sequence[TensorEntry], merge: Merge) -> torch.Tensor:
     return merge_tensor(inside, (read_tensor(entry) for entry in run), merge.rule)
-
-
-def _replacement_tensors(replacements: Sequence[Replacement]) -> dict[tuple[int, str], TensorEntry]:
-    found: dict[tuple[int, str], TensorEntry] = {}
-    for replacement in replacements:
-        file = Path(replacement.path)
-        entries = read_header(file)
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if digest != replacement.sha256:
-            raise CorruptCheckpointError(
-                f"{file} is not the file of the plan: its sha256 is {digest}, expected {replacement.sha256}"
-            )
-        found |= {(replacement.layer, entry.name): entry for entry in entries}
-    return found
 
 
 def _write_weights(output: Path, shards: Sequence[Sequence[Output]]) -> None:

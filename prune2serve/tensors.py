@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prune2serve.errors import CorruptCheckpointError, Prune2ServeError
+from prune2serve.records import Replacement
 from prune2serve.safetensors_header import (
     ShardStamp,
     TensorEntry,
@@ -96,8 +98,25 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
     raw = torch.empty(entry.size_bytes, dtype=torch.uint8)
     if entry.size_bytes:
         with entry.file.open("rb") as stream:
-            pread_exactly(stream.fileno(), memoryview(raw.numpy()), entry.start, entry.file)
+            pread_exactly(stream.fileno(), raw.numpy().data, entry.start, entry.file)
     return raw.view(torch_dtype(entry)).reshape(entry.shape)
+
+
+def read_replacement(replacement: Replacement) -> list[TensorEntry]:
+    """Return the tensors of a replacement's file, checked to be the one that the plan names.
+
+    Raises:
+        CorruptCheckpointError: it is missing, damaged, or has another sha256.
+    """
+    file = Path(replacement.path)
+    entries = read_header(file)
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != replacement.sha256:
+        raise CorruptCheckpointError(
+            f"{file} is not the file of the plan: its sha256 is {digest}, expected {replacement.sha256}"
+        )
+    return entries
 
 
 def torch_dtype(entry: TensorEntry) -> torch.dtype:
@@ -133,7 +152,7 @@ def find_nonfinite(index: TensorIndex) -> str | None:
     import torch
 
     buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     for file, entries in _by_file(index):
         with file.open("rb") as stream:
             for entry in entries:

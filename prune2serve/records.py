@@ -239,6 +239,28 @@ class Manifest(Record):
 
 
 @dataclass(frozen=True)
+class RequestTrace(Record):
+    """One request as the client saw it. All times come from `time.perf_counter_ns` of one process."""
+
+    arm: Literal["baseline", "candidate"]
+    round: int
+    """Round of four periods; -1 for warm-up."""
+    period: int
+    """0 to 3 within the round."""
+    prompt: int
+    """Index of the prompt within the round: the same number is the same prompt in both arms."""
+    scheduled_ns: int
+    """When it should have been sent; equal to `start_ns` in a closed loop."""
+    start_ns: int
+    chunk_ns: tuple[int, ...]
+    """Arrival of every chunk that carried tokens."""
+    prompt_tokens: int | None
+    output_tokens: int
+    """As the server's usage says; the number of chunks where it says nothing."""
+    error: str | None = None
+
+
+@dataclass(frozen=True)
 class ComparisonRow(Record):
     """One metric of both arms."""
 
@@ -250,6 +272,25 @@ class ComparisonRow(Record):
     """candidate / baseline."""
     interval: tuple[float, float] | None = None
     """95% interval of the ratio, where the design gives one."""
+    difference: float | None = None
+    """candidate - baseline, in `unit`."""
+    difference_interval: tuple[float, float] | None = None
+    ideal_ratio: float | None = None
+    """What bytes or operations alone would give, where that is known for the metric."""
+    smallest_effect: float | None = None
+    """Relative change that this run would have found with 80% probability."""
+    verdict: Literal["better", "worse", "not distinguishable"] | None = None
+    """None where there is no interval."""
+
+
+@dataclass(frozen=True)
+class Check(Record):
+    """One named fairness check."""
+
+    name: str
+    status: Literal["ok", "warning", "failed", "skipped"]
+    detail: str
+    """One sentence with the values seen."""
 
 
 @dataclass(frozen=True)
@@ -263,3 +304,14 @@ class Comparison(Record):
     """Decode time the pruned model needs at best, over its parent's: bytes read per token."""
     verdict: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    checks: tuple[Check, ...] = ()
+    attribution: dict[str, Any] = field(default_factory=dict)
+    """Why the measured ratio differs from the ideal one; see `prune2serve.serve.ideal`."""
+    noise_floor: tuple[ComparisonRow, ...] = ()
+    """The same design with the baseline on both arms."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    requests: tuple[RequestTrace, ...] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the requests, which a file keeps."""
+        return {key: value for key, value in self.to_dict().items() if key != "requests"}

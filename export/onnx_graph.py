@@ -1,9 +1,11 @@
 """Export a checkpoint to an ONNX decoder with KV cache, through onnxruntime-genai's model builder.
 
-An export directory holds the builder's own files (`model.onnx` and what onnxruntime-genai reads beside it) and
+An export directory holds the builder's own files (`model.onnx` and what onnxruntime-genai reads beside it)
+and
 
 - `model_serving.onnx`: the same graph over the same weights file, with one more input, `logits_indices`
-  [num_logits]: the positions of the sequence whose logits are wanted. A prefill chunk then pays for one row of
+  [num_logits]: the positions of the sequence whose logits are wanted. A prefill chunk then pays for one row
+  of
   the language-model head instead of one a token, and prompt log-probabilities stay possible.
 - `export.json`: what it was made from, so that a later call can tell whether it still belongs to the weights.
 """
@@ -44,7 +46,8 @@ OPTIONS = {
     "windowed_kv_cache": "false",
 }
 INT4_OPTIONS = {
-    # One layout for every layer: the mixed ones choose their 8-bit layers by position, so a pruned model and its
+    # One layout for every layer: the mixed ones choose their 8-bit layers by position, so a pruned model and
+    # its
     # parent would be quantised differently and their comparison would measure that too.
     "algo_config": "default",
     "block_size": "32",
@@ -111,7 +114,8 @@ def check_precision(precision: str, device: str) -> None:
         )
     if precision not in PRECISIONS[device]:
         raise Prune2ServeError(
-            f"precision {precision!r} cannot be exported for {device}: choose {' or '.join(PRECISIONS[device])}"
+            f"precision {precision!r} cannot be exported for {device}: choose "
+            f"{' or '.join(PRECISIONS[device])}"
         )
 
 
@@ -170,13 +174,15 @@ def _locked(target: Path) -> Any:
 
 
 def _build(directory: Path, output: Path, precision: str, device: str) -> None:
-    """Run the builder in a process of its own: its memory goes back, and its chatter is shown only on failure."""
+    """Run the builder in a process of its own: its memory goes back, and its chatter is shown only on
+    failure."""
     options = OPTIONS | (INT4_OPTIONS if precision == "int4" else {})
     with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+        command += ["-i", str(directory), "-o", str(output), "-p", precision, "-e", device, "-c", scratch]
+        command += ["--extra_options", *(f"{key}={value}" for key, value in options.items())]
         result = subprocess.run(
-            [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-            + ["-i", str(directory), "-o", str(output), "-p", precision, "-e", device, "-c", scratch]
-            + ["--extra_options", *(f"{key}={value}" for key, value in options.items())],
+            command,
             env={
                 **os.environ,
                 "HF_HUB_OFFLINE": "1",
@@ -217,7 +223,8 @@ def _check_uniform(model: onnx.ModelProto) -> None:
             layouts.add((attributes.get("bits"), attributes.get("block_size")))
     if layouts != {(4, 32)}:
         raise Prune2ServeError(
-            f"the int4 export has matrices of (bits, block size) {sorted(layouts)}, expected all (4, 32): this version "
+            f"the int4 export has matrices of (bits, block size) {sorted(layouts)}, expected all (4, "
+            "32): this version "
             "of onnxruntime-genai mixes precisions by layer position: use another version, or fp32"
         )
 
@@ -233,7 +240,8 @@ def _select_logits(model: onnx.ModelProto) -> None:
     while head.op_type not in ("MatMul", "MatMulNBits", "Gemm", "FusedMatMul"):
         if head.input[0] not in producers:
             raise Prune2ServeError(
-                f"the exported graph computes its logits with {head.op_type}, expected a matrix product at the end: "
+                f"the exported graph computes its logits with {head.op_type}, expected a matrix product "
+                "at the end: "
                 "this architecture cannot be served on ONNX Runtime here: use --engine vllm"
             )
         head = producers[head.input[0]]

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prune2serve.errors import MissingExtraError, Prune2ServeError
 from prune2serve.export.onnx_graph import RECORD, SERVING_GRAPH
+
+from prune2serve.errors import MissingExtraError, Prune2ServeError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TEXT = (
-    "The lighthouse keeper wrote down the weather every evening: wind from the north-west, 12 knots, rain before "
+    "The lighthouse keeper wrote down the weather every evening: wind from the north-west, 12 knots, "
+    "rain before "
     "midnight. In 1874 the lamp burned 340 litres of oil a month, and the ships that passed it carried coal, "
     "timber and letters. Question: what did the keeper write down? Answer:"
 )
@@ -77,7 +79,8 @@ def require_parity(result: dict[str, Any]) -> None:
     """Raise when a judged export is not the same model."""
     if result["passed"] is False:
         raise Prune2ServeError(
-            f"the ONNX export differs from the checkpoint: largest logit difference {result['max_logit_difference']:.4g} "
+            "the ONNX export differs from the checkpoint: largest logit difference "
+            f"{result['max_logit_difference']:.4g} "
             f"(allowed {result['tolerance'] * result['logit_range']:.4g}), {result['greedy_equal']} of "
             f"{result['greedy_tokens']} greedy tokens equal: do not deploy it; please report the architecture"
         )
@@ -152,7 +155,8 @@ class _Sequence:
 def _compare_greedy(
     model: PreTrainedModel, session: ort.InferenceSession, prompt: list[int]
 ) -> tuple[int, float | None]:
-    """Continue the prompt with both; return the number of equal leading tokens and the gap where they part."""
+    """Continue the prompt with both; return the number of equal leading tokens and the gap where they
+    part."""
     import torch
 
     sequence = _Sequence(session)

@@ -13,7 +13,7 @@ import click
 @click.option(
     "--precision",
     multiple=True,
-    help="fp32 or int4 for cpu; fp16, bf16 or int4 for cuda. May be given more than once. [default: the device's first]",
+    help="fp32 or int4 (cpu); fp16, bf16 or int4 (cuda); more than once for several. [default: the first]",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--force", is_flag=True, help="Export again even when an export of these weights is there.")
@@ -42,7 +42,8 @@ def command(
     directory = directory or DEFAULT_OUTPUT
     if not (directory / "config.json").is_file():
         raise Prune2ServeError(
-            f"no model directory at {directory}: run `prune2serve build` first, or name a directory with config.json"
+            f"no model directory at {directory}: run `prune2serve build` first, or name a directory with "
+            "config.json"
         )
     wanted = precision or (PRECISIONS[device][0],)
     for one in wanted:
@@ -70,6 +71,7 @@ def _line(result: dict) -> str:
     judged = "judged" if parity["passed"] else "reported, not judged"
     return (
         f"{result['output']}: largest logit difference {parity['max_logit_difference']:.2g} over a range of "
-        f"{parity['logit_range']:.3g}, {parity['greedy_equal']}/{parity['greedy_tokens']} greedy tokens equal to "
+        f"{parity['logit_range']:.3g}, {parity['greedy_equal']}/{parity['greedy_tokens']} greedy tokens "
+        "equal to "
         f"transformers' ({judged})"
     )

@@ -11,8 +11,8 @@ import asyncio
 import gc
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -153,7 +153,6 @@ async def send(
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Hold garbage collection back: a collection in mid-stream would look like the server's latency."""
-    gc.collect()
     gc.disable()
     try:
         yield
@@ -198,14 +197,22 @@ def open_session() -> aiohttp.ClientSession:
 
 
 class LoopLag:
-    """Watches how late this process's event loop wakes up: a busy client would time itself, not the server.
-    Watches how late this process's event loop wakes up: a busy client would time itself, not the server."""
+    """Watches how late this process's event loop wakes up: a busy client would time itself."""
 
     def __init__(self, every_s: float = 0.01) -> None:
         self._every_s = every_s
         self.lags_ms: list[float] = []
 
-    async def watch(self) -> None:
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        """Watch while the block runs."""
+        watcher = asyncio.create_task(self._watch())
+        try:
+            yield
+        finally:
+            watcher.cancel()
+
+    async def _watch(self) -> None:
         while True:
             due = time.perf_counter() + self._every_s
             await asyncio.sleep(self._every_s)

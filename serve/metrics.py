@@ -62,9 +62,7 @@ class Slo:
             (self.tpot_ms, tpot_ns(trace)),
             (self.e2e_ms, e2e_ns(trace)),
         )
-        return all(
-            limit is None or (value is not None and value <= limit * NS_PER_MS) for limit, value in pairs
-        )
+        return all(limit is None or (value is not None and value <= limit * NS_PER_MS) for limit, value in pairs)
 
 
 def parse_slo(text: str) -> Slo:
@@ -77,9 +75,7 @@ def parse_slo(text: str) -> Slo:
         except ValueError:
             limits[""] = 0.0
         if name not in ("ttft", "tpot", "e2e") or not limits[name] > 0:
-            raise Prune2ServeError(
-                f"--slo has {part.strip()!r}; expected ttft=MS, tpot=MS or e2e=MS, joined by commas"
-            )
+            raise Prune2ServeError(f"--slo has {part.strip()!r}; expected ttft=MS, tpot=MS or e2e=MS, joined by commas")
     return Slo(limits.get("ttft"), limits.get("tpot"), limits.get("e2e"))
 
 

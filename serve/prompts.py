@@ -58,9 +58,7 @@ def _prompt_of(item: Any, where: str) -> str:
     if isinstance(item, dict):
         turns = item.get("conversations") or item.get("conversation") or item.get("messages")
         if turns:
-            first = next(
-                (turn for turn in turns if turn.get("from", turn.get("role")) in ("human", "user")), turns[0]
-            )
+            first = next((turn for turn in turns if turn.get("from", turn.get("role")) in ("human", "user")), turns[0])
             return str(first.get("value") or first.get("content") or "")
         if item.get("turns"):
             return str(item["turns"][0])
@@ -93,9 +91,37 @@ def random_prompts(tokenizer: Tokenizer, count: int, num_tokens: int, seed: int)
     generator = np.random.default_rng(seed)
     special = set(tokenizer.get_added_tokens_decoder())
     usable = np.array([i for i in range(tokenizer.get_vocab_size()) if i not in special])
-    return tuple(
-        tokenizer.decode([int(i) for i in generator.choice(usable, size=num_tokens)]) for _ in range(count)
-    )
+    return tuple(tokenizer.decode([int(i) for i in generator.choice(usable, size=num_tokens)]) for _ in range(count))
+
+
+def choose_prompts(
+    *,
+    file: Path | None,
+    sonnet: Path | None,
+    random: bool,
+    fitter: Fitter | None,
+    num_tokens: int,
+    seed: int,
+    count: int = 256,
+) -> tuple[str, tuple[str, ...]]:
+    """Return (what to call the source, the prompts): from a file, a text's lines, random tokens, or the
+    bundled.
+
+    Raises:
+        Prune2ServeError: more than one source was named, or random tokens without a tokenizer.
+    """
+    if sum((file is not None, sonnet is not None, random)) > 1:
+        raise Prune2ServeError("--prompts, --sonnet and --random-prompts each name a source: choose one")
+    if file is not None:
+        return str(file), load_prompts(file)
+    if sonnet is not None:
+        # A line of verse is about ten tokens; the fitter makes the length exact.
+        return str(sonnet), sonnet_prompts(sonnet, count, max(1, num_tokens // 10), seed)
+    if random:
+        if fitter is None:
+            raise Prune2ServeError("--random-prompts needs a tokenizer: pass --tokenizer DIR (a model directory)")
+        return "random tokens", random_prompts(fitter.tokenizer, count, num_tokens, seed)
+    return "bundled prompts", bundled_prompts()
 
 
 class Fitter:
@@ -107,9 +133,7 @@ class Fitter:
 
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise Prune2ServeError(
-                f"no tokenizer.json in {directory}: pass --tokenizer with a model directory"
-            )
+            raise Prune2ServeError(f"no tokenizer.json in {directory}: pass --tokenizer with a model directory")
         self.tokenizer: Tokenizer = Tokenizer.from_file(str(path))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()

@@ -91,9 +91,7 @@ def t_quantile(probability: float, degrees: int) -> float:
     return float(stdtrit(degrees, probability))
 
 
-def estimate(
-    point: tuple[float, float], resampled: tuple[np.ndarray, np.ndarray] | None, num_rounds: int
-) -> Estimate:
+def estimate(point: tuple[float, float], resampled: tuple[np.ndarray, np.ndarray] | None, num_rounds: int) -> Estimate:
     """Make an interval from a statistic of (baseline, candidate) and the same statistic of every resample."""
     baseline, candidate = point
     ratio, difference = candidate / baseline, candidate - baseline
@@ -168,9 +166,7 @@ def power(effect: float, log_error_per_round: float, num_rounds: int) -> float:
     return 1.0 if math.isnan(found) else min(max(found, 0.0), 1.0)
 
 
-def rounds_needed(
-    effect: float, log_error_per_round: float, wanted: float = POWER, limit: int = 10_000
-) -> int:
+def rounds_needed(effect: float, log_error_per_round: float, wanted: float = POWER, limit: int = 10_000) -> int:
     """Smallest number of rounds (at least 3) whose power reaches `wanted`, or `limit`."""
     low, high = 3, 3
     while high < limit and power(effect, log_error_per_round, high) < wanted:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -69,6 +70,27 @@ class Arrival:
         return [float(t) for t in np.cumsum(gaps)]
 
 
+def load_timestamps(path: Path) -> tuple[float, ...]:
+    """Read send times in seconds, one a line, rising.
+
+    Raises:
+        Prune2ServeError: the file is missing, a line is no number, or the times fall.
+    """
+    if not path.is_file():
+        raise Prune2ServeError(f"no file of send times at {path}")
+    times: list[float] = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            times += [float(line)] if line.strip() else []
+        except ValueError:
+            raise Prune2ServeError(f"{path}:{number} is {line.strip()[:40]!r}; expected seconds") from None
+        if len(times) > 1 and times[-1] < times[-2]:
+            raise Prune2ServeError(f"{path}:{number}: {times[-1]} comes before {times[-2]}; sort the times")
+    if not times:
+        raise Prune2ServeError(f"{path} holds no send times")
+    return tuple(times)
+
+
 @dataclass(frozen=True)
 class Workload:
     """How to make requests."""
@@ -90,9 +112,7 @@ class Workload:
         if not self.prompts:
             raise Prune2ServeError(f"{self.source} holds no prompts: name a file with at least one")
         if self.input is not None and self.fitter is None:
-            raise Prune2ServeError(
-                "--input-tokens needs a tokenizer: pass --tokenizer DIR (a model directory)"
-            )
+            raise Prune2ServeError("--input-tokens needs a tokenizer: pass --tokenizer DIR (a model directory)")
 
 
 def requests_for(workload: Workload, half_round: int, salt: int = 0) -> list[Request]:

@@ -53,7 +53,8 @@ def table_of(comparison: Comparison) -> Table:
         box=box.SIMPLE_HEAD,
         title=f"{comparison.candidate} against {comparison.baseline}",
         caption=f"{settings.get('num_rounds')} rounds, {settings.get('requests_per_arm')} requests an arm, "
-        f"{settings.get('seconds')} s; ratio = candidate / baseline; 95% intervals over rounds; unclear = not distinguishable",
+        f"{settings.get('seconds')} s. Ratio = candidate / baseline; 95% intervals over rounds; "
+        "unclear = not distinguishable.",
     )
     table.add_column("metric", no_wrap=True)
     for name in ("baseline", "candidate", "ratio", "95% interval", "ideal"):
@@ -64,7 +65,7 @@ def table_of(comparison: Comparison) -> Table:
             continue
         interval = f"{row.interval[0]:.3f} - {row.interval[1]:.3f}" if row.interval else "-"
         table.add_row(
-            f"{label(row)} [dim]{row.unit}[/dim]".replace("output throughput", "throughput"),
+            f"{label(row).removeprefix('output ')} [dim]{row.unit}[/dim]",
             number(row.baseline),
             number(row.candidate),
             f"{row.ratio:.3f}",
@@ -88,7 +89,7 @@ def attribution_lines(comparison: Comparison) -> list[str]:
         text = f"  {name:8} {number(part['baseline_ms'])} -> {number(part['candidate_ms'])} ms a request"
         if part.get("ratio") is not None and "ideal_ratio" in part:
             text += f", ratio {part['ratio']:.3f}, ideal {part['ideal_ratio']:.3f}"
-        if part.get("overhead_ms") is not None:
+        if (part.get("overhead_ms") or 0) > 0.01 * part["baseline_ms"]:
             text += f"; about {number(part['overhead_ms'])} ms of it do not shrink with the layers"
         lines.append(text)
     return lines

@@ -41,8 +41,8 @@ def test_known_latencies_are_measured_within_one_millisecond_or_one_percent():
         for _ in range(4):  # A busy machine may deschedule the mock or the client, which can only add time.
             outcomes = run(url, requests, concurrency=1)
             assert [(o.error, o.output_tokens) for o in outcomes] == [(None, 20)] * 5
-            ttft = np.median([o.chunk_ns[0] - o.start_ns for o in outcomes]) / 1e6
-            tpot = np.median([(o.chunk_ns[-1] - o.chunk_ns[0]) / 19 for o in outcomes]) / 1e6
+            ttft = np.quantile([o.chunk_ns[0] - o.start_ns for o in outcomes], 0.25) / 1e6
+            tpot = np.quantile([(o.chunk_ns[-1] - o.chunk_ns[0]) / 19 for o in outcomes], 0.25) / 1e6
             if abs(ttft - 50) < 1.0 and abs(tpot - 10) < 0.1:
                 break
     assert ttft == pytest.approx(50, abs=1.0)

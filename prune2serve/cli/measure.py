@@ -40,7 +40,7 @@ POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--random-prompts", is_flag=True, help="Prompts of random tokens.")
 @click.option("--tokenizer", type=PATH, help="Model directory for --input-tokens. [default: DIRECTORY]")
 @click.option("--input-tokens", type=click.IntRange(8), help="Prompt length. [default: 64; as they are for URLs]")
-@click.option("--output-tokens", type=click.IntRange(2), default=32, show_default=True)
+@click.option("--output-tokens", type=click.IntRange(2), help="[default: 32; 16 with --quick]")
 @click.option("--length-spread", type=click.FloatRange(0, 0.95), default=0.0, help="0.5: lengths vary by half.")
 @click.option("--concurrency", type=COUNT, help="Requests in flight. [default: 1; no limit with --rate, --replay]")
 @click.option("--rate", type=POSITIVE, help="Open loop: requests per second.")
@@ -175,9 +175,9 @@ def _workload(options: dict[str, Any], arms: Arms) -> Workload:
     return Workload(
         prompts=found,
         source=source,
-        output=Lengths(options["output_tokens"], options["length_spread"]),
+        output=Lengths(options["output_tokens"] or (16 if options["quick"] else 32), options["length_spread"]),
         arrival=arrival,
-        num_requests=options["requests"] or 2 * (arrival.concurrency or 8),
+        num_requests=options["requests"] or (1 if options["quick"] else 2) * (arrival.concurrency or 8),
         input=Lengths(length, options["length_spread"]) if length else None,
         fitter=fitter,
         share_prefixes=options["share_prefixes"],

@@ -130,13 +130,9 @@ def score_layers(model: PreTrainedModel, calibration: CalibrationSet, batch_size
     return statistics.scores(calibration.sha256)
 
 
-def batches(
-    calibration: CalibrationSet, batch_size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(calibration: CalibrationSet, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield ([B, T] input_ids, [B, T] attention_mask)."""
-    yield from zip(
-        calibration.input_ids.split(batch_size), calibration.attention_mask.split(batch_size), strict=True
-    )
+    yield from zip(calibration.input_ids.split(batch_size), calibration.attention_mask.split(batch_size), strict=True)
 
 
 def run_body(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:

@@ -48,7 +48,50 @@ REFUSED: dict[str, str] = {
 """Model type -> the reason it cannot be pruned correctly by removing decoder layers."""
 
 ENCODERS = frozenset(
-    ["bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "electra", "ernie", "data2vec-text", "megatron-bert", "big_bird", "rembert", "roformer", "roc_bert", "bert-generation", "xmod", "distilbert", "deberta", "deberta-v2", "mpnet", "modernbert", "nomic_bert", "eurobert", "albert", "mobilebert", "squeezebert", "longformer", "funnel", "convbert", "fnet", "vit", "dinov2", "clip", "siglip", "wav2vec2", "hubert", "esm", "layoutlm", "layoutlmv2", "layoutlmv3", "lilt", "markuplm"]
+    [
+        "bert",
+        "roberta",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "roberta-prelayernorm",
+        "camembert",
+        "electra",
+        "ernie",
+        "data2vec-text",
+        "megatron-bert",
+        "big_bird",
+        "rembert",
+        "roformer",
+        "roc_bert",
+        "bert-generation",
+        "xmod",
+        "distilbert",
+        "deberta",
+        "deberta-v2",
+        "mpnet",
+        "modernbert",
+        "nomic_bert",
+        "eurobert",
+        "albert",
+        "mobilebert",
+        "squeezebert",
+        "longformer",
+        "funnel",
+        "convbert",
+        "fnet",
+        "vit",
+        "dinov2",
+        "clip",
+        "siglip",
+        "wav2vec2",
+        "hubert",
+        "esm",
+        "layoutlm",
+        "layoutlmv2",
+        "layoutlmv3",
+        "lilt",
+        "markuplm",
+    ]
 )
 """Bidirectional encoders: they have no next-token distribution to keep."""
 
@@ -110,9 +153,7 @@ def expand(config: Mapping[str, Any]) -> PreTrainedConfig:
 
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
-        raise UnsupportedArchitectureError(
-            "config.json names no model_type: add it, such as 'model_type': 'llama'"
-        )
+        raise UnsupportedArchitectureError("config.json names no model_type: add it, such as 'model_type': 'llama'")
     refuse_model_type(model_type, bool(config.get("is_encoder_decoder")))
     _check_counts(config)
     try:
@@ -122,9 +163,7 @@ def expand(config: Mapping[str, Any]) -> PreTrainedConfig:
         *(ArithmeticError, AssertionError, RecursionError),
     ) as error:
         line = " ".join(str(error).split()) or type(error).__name__
-        raise CorruptCheckpointError(
-            f"config.json does not fit model_type {model_type!r}: {line[:300]}"
-        ) from None
+        raise CorruptCheckpointError(f"config.json does not fit model_type {model_type!r}: {line[:300]}") from None
 
 
 def refuse_model_type(model_type: str, is_encoder_decoder: bool) -> None:
@@ -134,9 +173,7 @@ def refuse_model_type(model_type: str, is_encoder_decoder: bool) -> None:
 
     known = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(REFUSED) - ENCODERS)
     if model_type in REFUSED:
-        raise UnsupportedArchitectureError(
-            f"{model_type} cannot be pruned by removing layers: {REFUSED[model_type]}"
-        )
+        raise UnsupportedArchitectureError(f"{model_type} cannot be pruned by removing layers: {REFUSED[model_type]}")
     if model_type in ENCODERS:
         raise UnsupportedArchitectureError(
             f"{model_type} is an encoder-only model: prune2serve prunes decoder-only causal LMs such as llama or qwen3"
@@ -160,14 +197,10 @@ def decoder_config(config: PreTrainedConfig) -> tuple[tuple[str, ...], PreTraine
     if config.is_encoder_decoder:
         refuse_model_type(config.model_type, True)
     decoder = config.get_text_config(decoder=True)
-    path = (
-        () if decoder is config else tuple(name for name, value in vars(config).items() if value is decoder)
-    )
+    path = () if decoder is config else tuple(name for name, value in vars(config).items() if value is decoder)
     if decoder is not config:
         if len(path) != 1:
-            raise UnsupportedArchitectureError(
-                f"{config.model_type}: its decoder config lies deeper than one level"
-            )
+            raise UnsupportedArchitectureError(f"{config.model_type}: its decoder config lies deeper than one level")
         if decoder.model_type in REFUSED:
             refuse_model_type(decoder.model_type, False)
     return path, decoder
@@ -202,9 +235,7 @@ def find_layer_prefix(tensor_names: Iterable[str], num_layers: int) -> str:
     if full:
         return min(full, key=lambda prefix: (prefix.count("."), len(prefix)))
     if not lists:
-        raise CorruptCheckpointError(
-            "no tensor belongs to a decoder layer: expected names such as model.layers.0.*"
-        )
+        raise CorruptCheckpointError("no tensor belongs to a decoder layer: expected names such as model.layers.0.*")
     prefix, seen = max(lists.items(), key=lambda item: len(item[1]))
     missing = min(set(range(num_layers)) - seen)
     raise CorruptCheckpointError(
@@ -224,9 +255,7 @@ def find_layer_list(model: PreTrainedModel, num_layers: int) -> str:
     found = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList)
-        and len(module) == num_layers
-        and _looks_like_decoder(name + ".")
+        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers and _looks_like_decoder(name + ".")
     ]
     outer = [name for name in found if not any(name.startswith(other + ".") for other in found)]
     if not outer:

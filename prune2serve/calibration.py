@@ -169,9 +169,7 @@ def _tokenize_until(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, nu
     return documents
 
 
-def deal(
-    documents: Sequence[Tokens], sizes: Sizes, source: str, seed: int, separator: int | None
-) -> Calibration:
+def deal(documents: Sequence[Tokens], sizes: Sizes, source: str, seed: int, separator: int | None) -> Calibration:
     """Deal documents to report, search and score, in this order, until each has its tokens.
 
     With too little text every split shrinks by the same factor, so that none starves.

@@ -76,9 +76,7 @@ class LayerSetSearch:
             for input_ids, mask in batches(windows, 1):
                 states.clear()
                 logits = _real_rows(next_token_logits(model, input_ids, mask), mask)
-                self._windows.append(
-                    _Window(input_ids, mask, list(states), states[-1], logits if fits else None)
-                )
+                self._windows.append(_Window(input_ids, mask, list(states), states[-1], logits if fits else None))
 
     def evaluate_removed(self, removed: Sequence[int]) -> SetQuality:
         """Quality without these layers."""
@@ -115,9 +113,7 @@ class LayerSetSearch:
         nll, kl, count = total.tolist()
         return SetQuality(math.exp(min(nll / count, 690.0)), kl / count)
 
-    def _run(
-        self, window: _Window, kept: tuple[int, ...], shared: int
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _run(self, window: _Window, kept: tuple[int, ...], shared: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Run kept[shared:] on the states after kept[:shared]; return real-row logits and the states on the way."""
         modules: list[nn.Module] = [self.layers[layer] for layer in kept[shared:]]
         kinds = list(kept[shared:])
@@ -125,7 +121,11 @@ class LayerSetSearch:
             self._inject.states = window.states[shared]
             modules.insert(0, self._inject)
             kinds.insert(0, kept[shared - 1])
-        with torch.inference_mode(), spliced(self.model, modules, kinds), captured_states(self.model) as states:
+        with (
+            torch.inference_mode(),
+            spliced(self.model, modules, kinds),
+            captured_states(self.model) as states,
+        ):
             logits = next_token_logits(self.model, window.input_ids, window.mask)
         self._inject.states = None
         return _real_rows(logits, window.mask), states[1:] if shared else states
@@ -187,5 +187,3 @@ def _returns_tuple(model: PreTrainedModel, layers: Sequence[nn.Module]) -> bool:
     finally:
         handle.remove()
     return seen[0]
-
-

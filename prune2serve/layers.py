@@ -103,9 +103,7 @@ def planned_layers(model: PreTrainedModel, plan: PruningPlan) -> list[torch.nn.M
     """Return the decoder layers of the pruned model: the model's own, and changed copies of some."""
     layers = decoder_layers(model)
     if len(layers) != plan.num_layers:
-        raise Prune2ServeError(
-            f"the plan is for a model of {plan.num_layers} layers, this one has {len(layers)}"
-        )
+        raise Prune2ServeError(f"the plan is for a model of {plan.num_layers} layers, this one has {len(layers)}")
     merges = {merge.low: merge for merge in plan.merges}
     chosen = []
     for layer in plan.kept:

@@ -59,9 +59,7 @@ Fields = Mapping[str, Any]
 Changes = dict[str, Any]
 
 
-def prune_config(
-    config: Mapping[str, Any], architecture: Architecture, kept: Sequence[int]
-) -> dict[str, Any]:
+def prune_config(config: Mapping[str, Any], architecture: Architecture, kept: Sequence[int]) -> dict[str, Any]:
     """Return config.json of the pruned model.
 
     Args:
@@ -184,9 +182,7 @@ def _block_types(decoder: Fields, num_layers: int, kept: Sequence[int]) -> Chang
 def _residual_scale(decoder: Fields, num_layers: int, kept: Sequence[int]) -> Changes:
     """MiniCPM scales each residual branch by scale_depth / sqrt(number of layers)."""
     scale = decoder.get("scale_depth")
-    return (
-        {"scale_depth": scale * math.sqrt(len(kept) / num_layers)} if isinstance(scale, int | float) else {}
-    )
+    return {"scale_depth": scale * math.sqrt(len(kept) / num_layers)} if isinstance(scale, int | float) else {}
 
 
 def _mtp(decoder: Fields, num_layers: int, kept: Sequence[int]) -> Changes:

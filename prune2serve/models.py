@@ -70,6 +70,7 @@ def load_model(
     import safetensors
     from transformers import AutoModelForCausalLM
 
+    _quiet_transformers()
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
@@ -159,6 +160,7 @@ def _convert_gguf(file: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    _quiet_transformers()
     try:
         # dequantize: newer transformers otherwise keep the packed blocks and then refuse to save.
         packed = GgufConfig(gguf_file=file.name, dequantize=True)
@@ -173,6 +175,14 @@ def _convert_gguf(file: Path) -> Path:
         tokenizer.save_pretrained(staging)
         _drop_machine_paths(staging / "config.json", file.stem)
     return target
+
+
+def _quiet_transformers() -> None:
+    """Its bars and notices would stand between ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _drop_machine_paths(config_file: Path, name: str) -> None:
@@ -190,10 +200,16 @@ def _fetch(hub_id: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
     except LocalEntryNotFoundError:
-        why = "HF_HUB_OFFLINE is set and it is not cached" if offline else "the hub cannot be reached and it is not cached"
+        why = (
+            "HF_HUB_OFFLINE is set and it is not cached"
+            if offline
+            else "the hub cannot be reached and it is not cached"
+        )
         raise Prune2ServeError(f"cannot open {hub_id!r}: {why}: give a local directory or go online") from None
     except HfHubHTTPError as error:
         line = str(error).strip().splitlines()[0]
-        raise Prune2ServeError(f"the hub refused {hub_id!r}: {line}: check the name, the revision and HF_TOKEN") from None
+        raise Prune2ServeError(
+            f"the hub refused {hub_id!r}: {line}: check the name, the revision and HF_TOKEN"
+        ) from None
     except OSError as error:
         raise Prune2ServeError(f"cannot fetch {hub_id!r}: {error}") from None

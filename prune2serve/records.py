@@ -146,9 +146,7 @@ class PruningPlan(Record):
     def __post_init__(self) -> None:
         bad = [layer for layer in self.removed if not 0 <= layer < self.num_layers]
         if bad:
-            raise Prune2ServeError(
-                f"layer {bad[0]} cannot be removed: the model has layers 0 to {self.num_layers - 1}"
-            )
+            raise Prune2ServeError(f"layer {bad[0]} cannot be removed: the model has layers 0 to {self.num_layers - 1}")
         if len(set(self.removed)) != len(self.removed):
             twice = next(layer for layer in self.removed if self.removed.count(layer) > 1)
             raise Prune2ServeError(f"layer {twice} is listed twice in {list(self.removed)}: name each layer once")
@@ -230,6 +228,8 @@ class Manifest(Record):
     """Stock transformers on the directory against layers removed in memory."""
     calibration: dict[str, Any] = field(default_factory=dict)
     healing: dict[str, Any] = field(default_factory=dict)
+    onnx: dict[str, Any] = field(default_factory=dict)
+    """Precision -> parity with stock transformers."""
     gates: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     """Stage -> wall time."""

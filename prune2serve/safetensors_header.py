@@ -106,9 +106,7 @@ def read_header(file: Path) -> list[TensorEntry]:
     header = parse_json_object(text, str(file))
     header.pop("__metadata__", None)
     entries = [_entry(file, name, fields, 8 + length) for name, fields in header.items()]
-    return _check_layout(
-        file, sorted(entries, key=lambda entry: (entry.start, entry.size_bytes)), 8 + length, size
-    )
+    return _check_layout(file, sorted(entries, key=lambda entry: (entry.start, entry.size_bytes)), 8 + length, size)
 
 
 def parse_json_object(text: bytes, origin: str) -> dict[str, Any]:
@@ -155,9 +153,7 @@ def _entry(file: Path, name: str, fields: Any, data_start: int) -> TensorEntry:
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CorruptCheckpointError(f"{where} has the unknown dtype {_short(dtype)}")
     if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:
-        raise CorruptCheckpointError(
-            f"{where} has the shape {_short(shape)}, expected up to 16 whole numbers"
-        )
+        raise CorruptCheckpointError(f"{where} has the shape {_short(shape)}, expected up to 16 whole numbers")
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CorruptCheckpointError(f"{where} has the data_offsets {_short(offsets)}, expected [begin, end]")
     size, bits = offsets[1] - offsets[0], math.prod(shape) * DTYPE_BITS[dtype]

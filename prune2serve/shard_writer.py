@@ -102,17 +102,13 @@ def _copy_in_kernel(stream: int, target: int, source: TensorEntry, advance: Adva
     done = 0
     while done < source.size_bytes and hasattr(os, "copy_file_range"):
         try:
-            count = os.copy_file_range(
-                stream, target, min(COPY_BYTES, source.size_bytes - done), source.start + done
-            )
+            count = os.copy_file_range(stream, target, min(COPY_BYTES, source.size_bytes - done), source.start + done)
         except OSError as error:
             if error.errno in NO_KERNEL_COPY:
                 return done
             raise
         if count == 0:
-            raise CorruptCheckpointError(
-                f"{source.file} ended while it was being read: something is writing to it"
-            )
+            raise CorruptCheckpointError(f"{source.file} ended while it was being read: something is writing to it")
         done += count
         advance(count)
     return done

@@ -124,9 +124,7 @@ def plan_tensors(index: TensorIndex, architecture: Architecture, plan: PruningPl
         else:
             outputs.append(_output(new_name, entry, entry))
     for (layer, inside), entry in replaced.items():
-        raise Prune2ServeError(
-            f"{entry.file} replaces {inside!r}, which layer {layer} of the parent does not have"
-        )
+        raise Prune2ServeError(f"{entry.file} replaces {inside!r}, which layer {layer} of the parent does not have")
     return outputs
 
 
@@ -161,14 +159,10 @@ def _replaced(new_name: str, new: TensorEntry, old: TensorEntry) -> Output:
         )
     if new.dtype == old.dtype:
         return _output(new_name, new, old)
-    return Output(
-        new_name, old.dtype, old.shape, old.size_bytes, lambda: read_tensor(new).to(torch_dtype(old))
-    )
+    return Output(new_name, old.dtype, old.shape, old.size_bytes, lambda: read_tensor(new).to(torch_dtype(old)))
 
 
-def _merged(
-    new_name: str, inside: str, merge: Merge, index: TensorIndex, architecture: Architecture
-) -> Output:
+def _merged(new_name: str, inside: str, merge: Merge, index: TensorIndex, architecture: Architecture) -> Output:
     run: list[TensorEntry] = []
     for layer in range(merge.low, merge.high + 1):
         name = f"{architecture.layer_prefix}{layer}.{inside}"
@@ -180,9 +174,7 @@ def _merged(
             )
         run.append(entry)
     if run[0].dtype.startswith(("F8", "F6", "F4")):
-        raise Prune2ServeError(
-            f"layers of {run[0].dtype} weights cannot be merged: merge the unquantized model"
-        )
+        raise Prune2ServeError(f"layers of {run[0].dtype} weights cannot be merged: merge the unquantized model")
     chosen = chosen_layer(inside, merge.rule) if is_float(run[0]) else 0
     if chosen is not None:
         return _output(new_name, run[chosen], run[0])

@@ -79,9 +79,7 @@ def read_index(directory: Path) -> TensorIndex:
             entries[entry.name] = entry
     for name, file_name in (weight_map or {}).items():
         if name not in entries:
-            raise CorruptCheckpointError(
-                f"{INDEX_FILE} says tensor {name!r} is in {file_name}, but it is not there"
-            )
+            raise CorruptCheckpointError(f"{INDEX_FILE} says tensor {name!r} is in {file_name}, but it is not there")
     if not entries:
         raise CorruptCheckpointError(f"{directory} holds safetensors files without any tensor")
     return TensorIndex(directory, entries, shards)
@@ -136,9 +134,7 @@ def torch_dtype(entry: TensorEntry) -> torch.dtype:
     }
     dtype = getattr(torch, names.get(entry.dtype, ""), None)
     if not isinstance(dtype, torch.dtype):
-        raise CorruptCheckpointError(
-            f"tensor {entry.name!r} has dtype {entry.dtype}, which torch cannot compute with"
-        )
+        raise CorruptCheckpointError(f"tensor {entry.name!r} has dtype {entry.dtype}, which torch cannot compute with")
     return dtype
 
 
@@ -198,22 +194,16 @@ def _read_weight_map(file: Path) -> dict[str, str]:
         raise CorruptCheckpointError(f"{file} has no weight_map of tensor names to file names")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard.endswith(".safetensors"):
-            raise CorruptCheckpointError(
-                f"{file} maps {name!r} to {str(shard)[:80]!r}, expected a .safetensors file"
-            )
+            raise CorruptCheckpointError(f"{file} maps {name!r} to {str(shard)[:80]!r}, expected a .safetensors file")
         if os.path.basename(shard) != shard or "\\" in shard or "\0" in shard:
-            raise CorruptCheckpointError(
-                f"{file} maps {name!r} to {shard[:80]!r}, which leads out of its directory"
-            )
+            raise CorruptCheckpointError(f"{file} maps {name!r} to {shard[:80]!r}, which leads out of its directory")
     return weight_map
 
 
 def _check_mapped(entry: TensorEntry, weight_map: dict[str, str], directory: Path) -> None:
     mapped = weight_map.get(entry.name)
     if mapped is None:
-        raise CorruptCheckpointError(
-            f"tensor {entry.name!r} of {entry.file.name} is missing from {INDEX_FILE}"
-        )
+        raise CorruptCheckpointError(f"tensor {entry.name!r} of {entry.file.name} is missing from {INDEX_FILE}")
     if mapped != entry.file.name:
         raise CorruptCheckpointError(
             f"tensor {entry.name!r} is in {entry.file.name}, but {INDEX_FILE} says it is in {mapped}"
@@ -236,9 +226,5 @@ def _no_weights(directory: Path) -> Prune2ServeError:
     if gguf:
         return Prune2ServeError(f"{directory} holds a GGUF file: name the file itself, {gguf[0]}")
     if not any(directory.iterdir()):
-        return Prune2ServeError(
-            f"{directory} is empty: a model directory holds config.json and *.safetensors"
-        )
-    return Prune2ServeError(
-        f"{directory} holds no safetensors weights: expected {SINGLE_FILE} or {INDEX_FILE}"
-    )
+        return Prune2ServeError(f"{directory} is empty: a model directory holds config.json and *.safetensors")
+    return Prune2ServeError(f"{directory} holds no safetensors weights: expected {SINGLE_FILE} or {INDEX_FILE}")

@@ -28,9 +28,7 @@ DEFAULT_METHOD = "simdiff"
 def check_method(name: str) -> None:
     """Raise Prune2ServeError, with the nearest known name, when there is no such selector."""
     if name not in SELECTORS:
-        raise Prune2ServeError(
-            f"no method {name!r}{near_match(name, SELECTORS)} Known methods: {', '.join(SELECTORS)}"
-        )
+        raise Prune2ServeError(f"no method {name!r}{near_match(name, SELECTORS)} Known methods: {', '.join(SELECTORS)}")
 
 
 def select(name: str, selection: Selection) -> PruningPlan:

@@ -110,5 +110,9 @@ def _rank(values: np.ndarray) -> np.ndarray:
     return _min_max(values.argsort(kind="stable").argsort(kind="stable").astype(np.float64))
 
 
-NORMALISATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"min-max": _min_max, "log": _log, "rank": _rank}
+NORMALISATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "min-max": _min_max,
+    "log": _log,
+    "rank": _rank,
+}
 """Each maps one value a layer to [0, 1], keeping the order."""

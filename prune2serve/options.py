@@ -1,0 +1,71 @@
+"""What a build is asked to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from prune2serve.calibration import SELF, Sizes
+from prune2serve.errors import Prune2ServeError
+from prune2serve.models import SAMPLE
+from prune2serve.paths import DEFAULT_OUTPUT
+
+FORMATS = ("safetensors", "onnx")
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """Every choice of `prune2serve build`; the command line's defaults are these."""
+
+    model: str = SAMPLE
+    revision: str | None = None
+    output: Path = DEFAULT_OUTPUT
+    ratio: float | None = None
+    num_layers: int | None = None
+    """Layers the pruned model shall have."""
+    remove: tuple[int, ...] | None = None
+    method: str = "simdiff"
+    protect_first: int = 1
+    protect_last: int = 1
+    calibration: str = SELF
+    sizes: Sizes = Sizes()
+    text: Path | None = None
+    """Report quality on this file instead of the calibration's report split."""
+    text_windows: int | None = None
+    formats: tuple[str, ...] = ("safetensors",)
+    precision: str = "fp32"
+    """Of the ONNX export."""
+    max_shard_size: int = 5_000_000_000
+    max_perplexity_ratio: float | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+    resume: bool = False
+    force: bool = False
+    surgery_only: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("ratio", "num_layers", "remove") if getattr(self, name) is not None]
+        if len(given) > 1:
+            flags = " and ".join("--" + name.replace("_", "-") for name in given)
+            raise Prune2ServeError(f"{flags} both say how many layers go: give one of them")
+        if self.surgery_only and self.remove is None:
+            raise Prune2ServeError(
+                "--surgery-only scores nothing: name the layers with --remove, such as --remove 3,4,5"
+            )
+        unknown = [name for name in self.formats if name not in FORMATS]
+        if unknown:
+            raise Prune2ServeError(f"no format {unknown[0]!r}: choose among {', '.join(FORMATS)}")
+
+    def selection_key(self, parent_fingerprint: str) -> str:
+        """Hash of everything that decides the scores and the plan; a resumed build must match it."""
+        outside = {"output", "text", "text_windows", "formats", "precision", "max_shard_size"} | {
+            "max_perplexity_ratio", "resume", "force", "surgery_only", "revision", "model",
+        }  # fmt: skip
+        chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in outside}
+        chosen["sizes"] = asdict(self.sizes)
+        text = json.dumps([parent_fingerprint, chosen], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -1,0 +1,66 @@
+"""The parent and what is derived from it, each loaded or computed when a stage first asks, and then kept."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from prune2serve.calibration import Calibration, load_calibration
+from prune2serve.devices import resolve_device, resolve_dtype
+from prune2serve.models import load_model, load_tokenizer
+from prune2serve.options import BuildOptions
+from prune2serve.records import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from prune2serve.layer_sets import LayerSetSearch
+
+
+class Workbench:
+    """Holds one parent for the stages of one build."""
+
+    def __init__(self, parent: Checkpoint, options: BuildOptions) -> None:
+        self.parent = parent
+        self.options = options
+
+    @cached_property
+    def device(self) -> str:
+        return resolve_device(self.options.device)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return resolve_dtype(self.options.dtype, self.device)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.parent, trust_remote_code=self.options.trust_remote_code)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        return self.load(self.parent)
+
+    def load(self, checkpoint: Checkpoint) -> PreTrainedModel:
+        """Load any checkpoint the way the parent is loaded."""
+        return load_model(
+            checkpoint, dtype=self.dtype, device=self.device, trust_remote_code=self.options.trust_remote_code
+        )
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        options = self.options
+        return load_calibration(
+            options.calibration, self.parent, self.tokenizer, options.sizes, options.seed, lambda: self.model
+        )
+
+    def prepare_calibration(self) -> None:
+        """Read or generate the calibration text now, so that its time is not counted as another stage's."""
+        _ = self.calibration
+
+    @cached_property
+    def search(self) -> LayerSetSearch:
+        """Layer sets judged on the search split."""
+        from prune2serve.layer_sets import LayerSetSearch
+
+        return LayerSetSearch(self.model, self.calibration.search)

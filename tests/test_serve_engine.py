@@ -50,12 +50,12 @@ class Collected:
 
 
 @pytest.fixture(scope="module")
-def text(tiny_model):  # noqa: F811
+def text(tiny_model):
     return TextModel(tiny_model)
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_onnx, text):  # noqa: F811
+def engine(tiny_onnx, text):
     options = RunnerOptions(num_rows=4, max_length=256, prefill_chunk=16, num_threads=1)
     made = OrtEngine(lambda: ModelRunner(tiny_onnx, options), text.decode, text.eos_ids, max_waiting=32)
     yield made
@@ -63,7 +63,7 @@ def engine(tiny_onnx, text):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def model(tiny_model):  # noqa: F811
+def model(tiny_model):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(tiny_model).eval()
@@ -187,7 +187,7 @@ def test_cancelled_requests_give_their_rows_back_and_leave_the_others_alone(engi
     assert idle(engine)
 
 
-def test_a_full_queue_refuses_and_recovers(tiny_onnx, text):  # noqa: F811
+def test_a_full_queue_refuses_and_recovers(tiny_onnx, text):
     options = RunnerOptions(num_rows=1, max_length=256, num_threads=1)
     small = OrtEngine(lambda: ModelRunner(tiny_onnx, options), text.decode, text.eos_ids, max_waiting=2)
     ids = text.encode(PROMPTS[0])
@@ -213,7 +213,7 @@ class FlakyRunner(ModelRunner):
         return super().decode(tokens, lengths)
 
 
-def test_a_failing_step_answers_every_request_and_the_engine_comes_back(tiny_onnx, text, capsys):  # noqa: F811
+def test_a_failing_step_answers_every_request_and_the_engine_comes_back(tiny_onnx, text, capsys):
     options = RunnerOptions(num_rows=2, max_length=256, num_threads=1)
     flaky = OrtEngine(lambda: FlakyRunner(tiny_onnx, options), text.decode, text.eos_ids)
     prompts = [text.encode(prompt) for prompt in PROMPTS[:4]]
@@ -270,7 +270,7 @@ def test_rows_stay_dense_and_moves_carry_every_sequence_along():
             assert scheduler.num_active <= 4
 
 
-def test_logits_of_a_row_do_not_depend_on_the_batch_to_the_last_bit(tiny_onnx):  # noqa: F811
+def test_logits_of_a_row_do_not_depend_on_the_batch_to_the_last_bit(tiny_onnx):
     runner = ModelRunner(tiny_onnx, RunnerOptions(num_rows=6, max_length=64, num_threads=2))
     prompts = [[5 + i, 40, 7 + 3 * i, 60][: 2 + i % 3] for i in range(6)]
     for row, ids in enumerate(prompts):

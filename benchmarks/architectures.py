@@ -32,6 +32,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from prune2serve import progress
 from prune2serve.errors import UnsupportedArchitectureError
+from prune2serve.families import refuse_family
 from prune2serve.layers import decoder_layers, pruned_in_memory
 from prune2serve.models import open_checkpoint
 from prune2serve.records import PruningPlan
@@ -41,13 +42,29 @@ NUM_LAYERS = 6
 SEQUENCE = 20
 """Longer than the sliding windows, so that a window on the wrong layer shows."""
 
+MAX_PARAMETERS = 20_000_000
+
 SMALL: dict[str, Any] = {
     **{"num_hidden_layers": NUM_LAYERS, "n_layer": NUM_LAYERS, "n_layers": NUM_LAYERS, "num_layers": NUM_LAYERS},
     **{"hidden_size": 32, "n_embd": 32, "d_model": 32, "word_embed_proj_dim": 32, "intermediate_size": 48},
     **{"ffn_dim": 48, "n_inner": 48, "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4},
     **{"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 96, "max_position_embeddings": 128, "n_positions": 128},
-    **{"max_seq_len": 128, "rotary_dim": 4, "sliding_window": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-    **{"num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1},
+    **{
+        "max_seq_len": 128,
+        "rotary_dim": 4,
+        "sliding_window": 8,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    **{
+        "num_experts": 4,
+        "num_local_experts": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "moe_k": 2,
+    },
     **{"topk_group": 1, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "n_shared_experts": 1},
     **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8},
     **{"attention_dropout": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "hidden_dropout": 0.0},
@@ -56,25 +73,90 @@ SMALL: dict[str, Any] = {
 }
 """Values for the fields that a family's config has; the rest keeps its default."""
 
-S, F = "sliding_attention", "full_attention"
+S, F, R = "sliding_attention", "full_attention", "linear_attention"
 KINDS = {"layer_types": [S, F, S, S, F, S]}
+DENSE_FIRST = {"first_k_dense_replace": 3}
+LATENT = {"head_dim": 4, "num_key_value_heads": 4}
+STEPS = {"decoder_sparse_step": 2, "mlp_only_layers": [3]}
+WINDOWS = {"use_sliding_window": True, "max_window_layers": 3}
+HYBRID = {"layer_types": [R, F, R, F, R, F]}
+GATED_DELTA = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 SPECIAL: dict[str, dict[str, Any]] = {
-    "cohere2": KINDS,
-    "gemma2": KINDS,
-    "gemma3_text": KINDS,
-    "gpt_oss": KINDS,
-    "exaone4": KINDS,
-    "ministral": KINDS,
-    "olmo3": KINDS,
-    "qwen2": {"use_sliding_window": True, "max_window_layers": 3},
-    "qwen3": {"use_sliding_window": True, "max_window_layers": 3},
-    "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 3, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
-    "qwen3_moe": {"decoder_sparse_step": 2, "mlp_only_layers": [3]},
+    **dict.fromkeys(
+        ("cohere2", "gemma2", "gemma3_text", "gpt_oss", "exaone4", "ministral", "olmo3", "vaultgemma"), KINDS
+    ),
+    **dict.fromkeys(
+        ("afmoe", "cwm", "granite_swa", "laguna", "mimo_v2_flash", "mellum", "exaone_moe", "kolibri1"), KINDS
+    ),
+    **dict.fromkeys(("qwen2", "qwen3"), WINDOWS),
+    "qwen2_moe": WINDOWS | STEPS,
+    "qwen3_moe": STEPS,
+    "qwen3_next": HYBRID | GATED_DELTA | STEPS,
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), HYBRID | GATED_DELTA),
+    "olmo_hybrid": HYBRID,
     "smollm3": {"use_sliding_window": True, "no_rope_layers": [1, 1, 0, 1, 0, 1], **KINDS},
-    "deepseek_v3": {"first_k_dense_replace": 3},
-    "deepseek_v2": {"first_k_dense_replace": 3},
-    "glm4_moe": {"first_k_dense_replace": 3},
-    "dots1": {"first_k_dense_replace": 3},
+    "llama4_text": {"moe_layers": [1, 2, 5], "no_rope_layers": [1, 1, 0, 1, 0, 1], "attention_chunk_size": 8},
+    "deepseek_v2": {**LATENT, **DENSE_FIRST, "topk_method": "greedy"},
+    **dict.fromkeys(("deepseek_v3", "youtu", "axk1", "axk2"), {**LATENT, **DENSE_FIRST}),
+    **dict.fromkeys(("deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3"), LATENT),
+    **dict.fromkeys(("glm4_moe", "dots1"), DENSE_FIRST),
+    "lfm2_moe": {"layer_types": ["conv", F, "conv", F, "conv", F], "num_dense_layers": 2},
+    "lfm2": {"layer_types": ["conv", F, "conv", F, "conv", F]},
+    "ernie4_5_moe": {"moe_layer_start_index": 2, "moe_layer_end_index": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 3]], "window_size": 8},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 0,
+        "mamba_d_state": 4,
+        "mamba_d_conv": 2,
+        "mamba_dt_rank": 4,
+    },
+    "bamba": {
+        "attn_layer_indices": [1, 4],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+    },
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"] * 3,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+        "shared_intermediate_size": 24,
+    },
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_ssm": 32, "mamba_d_state": 8, "mamba_n_groups": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "zaya": {"num_experts_per_tok": 1},
+    "cohere_compass_text": {**KINDS, "rope_parameters": {F: None, S: {"rope_type": "default", "rope_theta": 10000.0}}},
+    "gemma4_text": {**KINDS, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "global_head_dim": 16},
+    "gemma4_unified_text": {**KINDS, "num_kv_shared_layers": 0, "global_head_dim": 16},
+    "kimi_linear": {**LATENT, "layer_types": HYBRID["layer_types"], "num_experts_per_token": 2},
+    "bailing_hybrid": {
+        **LATENT,
+        "layer_types": HYBRID["layer_types"],
+        "head_dim": 8,
+        "num_kv_heads_for_linear_attn": 4,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "mlp", "mamba", "attention", "moe"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+    },
 }
 """What makes a family's layers differ from each other, so that losing track of their place would show."""
 
@@ -86,13 +168,17 @@ LISTED = (
 )
 
 
+class NoTinyConfigError(Exception):
+    """Nothing in this file makes the family small."""
+
+
 @dataclass(frozen=True)
 class Proof:
     """The result for one family."""
 
     model_type: str
     verdict: str
-    """`exact`, `close` (1e-5 of the logits' spread), `refused`, or `FAILED`."""
+    """`exact`, `close` (1e-5 of the logits' spread), `refused`, `untested` or `FAILED`."""
     subsets: int = 0
     largest_difference: float = 0.0
     """Over all comparisons: max |logit difference|, divided by the parent's logit standard deviation."""
@@ -103,8 +189,17 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
     """Return a config of the family with six small layers."""
     chosen = CONFIG_MAPPING[model_type]
     if model_type == "gemma3":
-        return chosen(text_config=tiny_config("gemma3_text").to_dict(), vision_config={"hidden_size": 16,
-            "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14})
+        return chosen(
+            text_config=tiny_config("gemma3_text").to_dict(),
+            vision_config={
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+            },
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         known = set(chosen().to_dict()) | set(chosen.attribute_map)
@@ -114,8 +209,13 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """Return a random model of the family whose every weight is away from its initial value."""
+    config = tiny_config(model_type, **overrides)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    if size > MAX_PARAMETERS:
+        raise NoTinyConfigError(f"no tiny config for this family here: {size:.1e} parameters with SMALL's values")
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides), attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -129,7 +229,7 @@ def skipped(model: PreTrainedModel, kept: Sequence[int]) -> Iterator[None]:
 
     def hand_on(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return type(output)([hidden, *output[1:]]) if isinstance(output, tuple | list) else hidden
 
     hooks = [
         layer.register_forward_hook(hand_on, with_kwargs=True)
@@ -158,10 +258,14 @@ def prove(model_type: str, *, count: int = 4, seed: int = 0, **overrides: Any) -
         parent.save_pretrained(source)
         parent = load(source)
         whole = parent(input_ids, use_cache=False).logits
-        worst, sets = 0.0, subsets(seed, count)
-        for number, kept in enumerate(sets):
+        worst, proven, refusal = 0.0, 0, ""
+        for number, kept in enumerate(subsets(seed, count)):
             target = Path(scratch) / str(number)
-            prune(source, target, kept, NUM_LAYERS)
+            try:
+                prune(source, target, kept, NUM_LAYERS)
+            except UnsupportedArchitectureError as error:
+                refusal = f"set {list(kept)} is refused: {error}"
+                continue
             pruned = load(target)
             with skipped(parent, kept):
                 truth = parent(input_ids, use_cache=False).logits
@@ -171,18 +275,24 @@ def prove(model_type: str, *, count: int = 4, seed: int = 0, **overrides: Any) -
             got = pruned(input_ids, use_cache=False).logits
             worst = max(worst, *(difference(other, truth, whole) for other in (got, in_memory)))
             check_generation(pruned, input_ids, tokens)
-            if number == 0:
+            if proven == 0:
                 check_sensitive(parent, input_ids, kept, truth, whole)
             worst = max(worst, again(parent, target, kept, input_ids, whole, Path(scratch) / "again"))
+            proven += 1
+    if not proven:
+        raise UnsupportedArchitectureError(refusal)
     verdict = "exact" if worst == 0 else "close" if worst < 1e-5 else "FAILED"
-    return Proof(model_type, verdict, len(sets), worst, "" if worst < 1e-5 else "logits differ from skipping the layers")
+    return Proof(model_type, verdict, proven, worst, refusal if worst < 1e-5 else "logits differ from skipped layers")
 
 
 def again(parent: PreTrainedModel, pruned: Path, kept: Sequence[int], input_ids: Any, whole: Any, to: Path) -> float:
     """Remove one more layer, the middle one, from the pruned directory."""
     left = [new for new in range(len(kept)) if new != len(kept) // 2]
     shutil.rmtree(to, ignore_errors=True)
-    prune(pruned, to, left, len(kept))
+    try:
+        prune(pruned, to, left, len(kept))
+    except UnsupportedArchitectureError:
+        return 0.0
     with skipped(parent, [kept[new] for new in left]):
         truth = parent(input_ids, use_cache=False).logits
     return difference(load(to)(input_ids, use_cache=False).logits, truth, whole)
@@ -238,9 +348,12 @@ def difference(got: torch.Tensor, truth: torch.Tensor, whole: torch.Tensor) -> f
 def prove_or_say(model_type: str) -> Proof:
     """`prove`, with a refusal or a failure as its result."""
     try:
+        refuse_family(model_type, False)
         return prove(model_type)
     except UnsupportedArchitectureError as error:
         return Proof(model_type, "refused", detail=str(error))
+    except NoTinyConfigError as error:
+        return Proof(model_type, "untested", detail=str(error))
     except Exception as error:  # a table of all families: what went wrong with one is its row
         return Proof(model_type, "FAILED", detail=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
@@ -262,11 +375,17 @@ def main() -> int:
         proof = prove_or_say(model_type)
         proofs.append(proof)
         if not options.json:
-            print(f"{proof.model_type:22} {proof.verdict:8} {proof.subsets:2} {proof.largest_difference:8.1e}  {proof.detail}", flush=True)
+            print(
+                f"{proof.model_type:22} {proof.verdict:8} {proof.subsets:2} {proof.largest_difference:8.1e}  {proof.detail}",
+                flush=True,
+            )
     if options.json:
         print(json.dumps([asdict(proof) for proof in proofs], indent=2))
     else:
-        counts = {verdict: sum(p.verdict == verdict for p in proofs) for verdict in ("exact", "close", "refused", "FAILED")}
+        counts = {
+            verdict: sum(p.verdict == verdict for p in proofs)
+            for verdict in ("exact", "close", "refused", "untested", "FAILED")
+        }
         print(f"\ntransformers {transformers.__version__}, torch {torch.__version__}: {counts}")
     return int(any(proof.verdict == "FAILED" for proof in proofs))
 

@@ -1,8 +1,7 @@
-"""What is known of each model family: where its decoder layers are, and why some families cannot be cut.
+"""Recognise a causal LM: its decoder's config, and where its decoder layers are, on disk and in memory.
 
-Detection is generic: the config class of the installed transformers fills in every default, the tensor names show
-where the layers are. The tables below hold the exceptions. What follows a layer's *position* rather than its own
-weights is put into explicit config fields by `prune2serve.model_config`.
+Detection is generic: the config class of the installed transformers fills in every default, the names of tensors and
+modules show where the layers are. `prune2serve.families` holds what must be known by name.
 """
 
 from __future__ import annotations
@@ -12,88 +11,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prune2serve.errors import CorruptCheckpointError, UnsupportedArchitectureError, near_match
+from prune2serve.errors import CorruptCheckpointError, UnsupportedArchitectureError
+from prune2serve.families import REFUSED, refuse_family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 MAX_LAYERS = 2048
 """No causal LM has more; a larger count is a damaged or hostile config, and would size lists and loops."""
-
-REFUSED: dict[str, str] = {
-    "diffllama": "each layer's lambda_init is computed from its position, and no config field can state it",
-    "minimax": "the decay slopes of its linear attention are computed from each layer's position",
-    "gemma3n": "its last layers share the KV cache of earlier ones by position, and the per-layer embedding is one matrix",
-    "gemma3n_text": "its last layers share the KV cache of earlier ones by position, and the per-layer embedding is one "
-    "matrix",
-    "rwkv": "layer 0 holds an extra norm and weights are rescaled by position",
-    "zamba": "its attention layers share weights by position",
-    "zamba2": "its attention layers share weights by position",
-    "longcat_flash": "each of its layers holds two attention and two MLP layers, counted twice in the config",
-    "reformer": "its layers are reversible and compute on two streams",
-    "mllama": "cross-attention layers are interleaved with self-attention layers of another class",
-    "blt": "it is made of three decoders over bytes and patches",
-    "xlstm": "its state cache is not a KV cache and is not renumbered",
-    "hrm_text": "it runs the same stacks of layers several times",
-    "ctrl": "its layers lie outside the common layout and nothing serves it",
-    "xlm": "it keeps each part of a layer in a list of its own",
-    "xlnet": "it is a permutation language model, not a causal one",
-    "albert": "all of its layers share one set of weights",
-    "cpmant": "it is a prefix language model with segment inputs",
-    "prophetnet": "it predicts several tokens with one stream each",
-    "moshi": "it is a speech model with a second decoder over codebooks",
-    "dots3_note": "its per-layer configuration is not one that the surgery can renumber",
-    "dots3_note_text": "its per-layer configuration is not one that the surgery can renumber",
-}
-"""Model type -> the reason it cannot be pruned correctly by removing decoder layers."""
-
-ENCODERS = frozenset(
-    [
-        "bert",
-        "roberta",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "roberta-prelayernorm",
-        "camembert",
-        "electra",
-        "ernie",
-        "data2vec-text",
-        "megatron-bert",
-        "big_bird",
-        "rembert",
-        "roformer",
-        "roc_bert",
-        "bert-generation",
-        "xmod",
-        "distilbert",
-        "deberta",
-        "deberta-v2",
-        "mpnet",
-        "modernbert",
-        "nomic_bert",
-        "eurobert",
-        "albert",
-        "mobilebert",
-        "squeezebert",
-        "longformer",
-        "funnel",
-        "convbert",
-        "fnet",
-        "vit",
-        "dinov2",
-        "clip",
-        "siglip",
-        "wav2vec2",
-        "hubert",
-        "esm",
-        "layoutlm",
-        "layoutlmv2",
-        "layoutlmv3",
-        "lilt",
-        "markuplm",
-    ]
-)
-"""Bidirectional encoders: they have no next-token distribution to keep."""
 
 COUNT_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """How the config names its number of decoder layers."""
@@ -123,7 +48,7 @@ class Architecture:
     tied_embeddings: bool
 
     def split(self, name: str) -> tuple[int, str] | None:
-        """Return (layer, the name inside the layer) of a tensor, or None when it belongs to no decoder layer."""
+        """Return a tensor's layer and its name inside that layer, or None when it belongs to no decoder layer."""
         if not name.startswith(self.layer_prefix):
             return None
         index, _, rest = name[len(self.layer_prefix) :].partition(".")
@@ -147,17 +72,17 @@ def architecture_of(config: Mapping[str, Any], tensor_names: Iterable[str]) -> A
 
 
 def expand(config: Mapping[str, Any]) -> PreTrainedConfig:
-    """Return the transformers config of a config.json, all defaults filled in, after refusing what cannot be pruned."""
+    """Return the transformers config of a config.json with all defaults; refuses what cannot be pruned."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise UnsupportedArchitectureError("config.json names no model_type: add it, such as 'model_type': 'llama'")
-    refuse_model_type(model_type, bool(config.get("is_encoder_decoder")))
+    refuse_family(model_type, bool(config.get("is_encoder_decoder")))
     _check_counts(config)
     try:
-        return CONFIG_MAPPING[model_type].from_dict(dict(config))
+        return CONFIG_MAPPING[model_type].from_dict(_decoded(dict(config)))
     except (
         *(StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, IndexError),
         *(ArithmeticError, AssertionError, RecursionError),
@@ -166,43 +91,17 @@ def expand(config: Mapping[str, Any]) -> PreTrainedConfig:
         raise CorruptCheckpointError(f"config.json does not fit model_type {model_type!r}: {line[:300]}") from None
 
 
-def refuse_model_type(model_type: str, is_encoder_decoder: bool) -> None:
-    """Raise UnsupportedArchitectureError unless `model_type` is a decoder-only causal LM that can be cut."""
-    from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    known = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(REFUSED) - ENCODERS)
-    if model_type in REFUSED:
-        raise UnsupportedArchitectureError(f"{model_type} cannot be pruned by removing layers: {REFUSED[model_type]}")
-    if model_type in ENCODERS:
-        raise UnsupportedArchitectureError(
-            f"{model_type} is an encoder-only model: prune2serve prunes decoder-only causal LMs such as llama or qwen3"
-        )
-    if is_encoder_decoder:
-        raise UnsupportedArchitectureError(
-            f"{model_type} is an encoder-decoder model: prune2serve prunes decoder-only causal LMs such as llama or qwen3"
-        )
-    if model_type not in CONFIG_MAPPING:
-        raise UnsupportedArchitectureError(
-            f"the installed transformers knows no model_type {model_type!r}{near_match(model_type, known)}"
-        )
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UnsupportedArchitectureError(
-            f"{model_type} is not a causal LM in the installed transformers{near_match(model_type, known)}"
-        )
-
-
 def decoder_config(config: PreTrainedConfig) -> tuple[tuple[str, ...], PreTrainedConfig]:
     """Return the decoder's part of a config and the keys that lead to it."""
     if config.is_encoder_decoder:
-        refuse_model_type(config.model_type, True)
+        refuse_family(config.model_type, True)
     decoder = config.get_text_config(decoder=True)
     path = () if decoder is config else tuple(name for name, value in vars(config).items() if value is decoder)
     if decoder is not config:
         if len(path) != 1:
             raise UnsupportedArchitectureError(f"{config.model_type}: its decoder config lies deeper than one level")
         if decoder.model_type in REFUSED:
-            refuse_model_type(decoder.model_type, False)
+            refuse_family(decoder.model_type, False)
     return path, decoder
 
 
@@ -239,8 +138,8 @@ def find_layer_prefix(tensor_names: Iterable[str], num_layers: int) -> str:
     prefix, seen = max(lists.items(), key=lambda item: len(item[1]))
     missing = min(set(range(num_layers)) - seen)
     raise CorruptCheckpointError(
-        f"config.json says {num_layers} layers, but no tensor is named {prefix}{missing}.*: the weights or the count is "
-        "from another model"
+        f"config.json says {num_layers} layers, but no tensor is named {prefix}{missing}.*: weights and config are "
+        "not of one model"
     )
 
 
@@ -260,7 +159,7 @@ def find_layer_list(model: PreTrainedModel, num_layers: int) -> str:
     outer = [name for name in found if not any(name.startswith(other + ".") for other in found)]
     if not outer:
         raise UnsupportedArchitectureError(
-            f"{model.config.model_type}: no list of {num_layers} decoder layers found in {type(model).__name__}"
+            f"{model.config.model_type}: {type(model).__name__} holds no list of {num_layers} decoder layers"
         )
     return min(outer, key=lambda name: (name.count("."), len(name)))
 
@@ -281,3 +180,12 @@ def _check_counts(config: Mapping[str, Any], where: str = "") -> None:
             and not -1 <= value <= MAX_LAYERS
         ):
             raise CorruptCheckpointError(f"config.json says {where}{key} {value}: expected 1 to {MAX_LAYERS}")
+
+
+def _decoded(value: Any) -> Any:
+    """Read transformers' JSON form of infinities and NaN, {"__float__": "Infinity"}, which from_dict does not."""
+    if isinstance(value, dict):
+        if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+            return float(value["__float__"])
+        return {key: _decoded(item) for key, item in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from prune2serve.architectures import count_field, decoder_config, find_layer_list, refuse_model_type
+from prune2serve.architectures import count_field, decoder_config, find_layer_list
 from prune2serve.errors import Prune2ServeError
+from prune2serve.families import refuse_family
 from prune2serve.merging import merge_tensor
 from prune2serve.model_config import check_kept, pruned_fields
 from prune2serve.records import Merge, PruningPlan, Replacement
@@ -75,10 +76,9 @@ def splice(model: PreTrainedModel, modules: Sequence[torch.nn.Module], stands_fo
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, torch.nn.ModuleList(modules))
     for config in _decoder_configs(model):
-        changes = pruned_fields(vars(config), num_layers, stands_for)
+        changes = {count_field(config): len(stands_for)} | pruned_fields(config, num_layers, stands_for)
         for field, value in changes.items():
             setattr(config, field, value)
-        setattr(config, count_field(config), len(stands_for))
     for index, module in enumerate(modules):
         _renumber(module, index)
 
@@ -139,7 +139,7 @@ def _changed(
 
 
 def _layer_path(model: PreTrainedModel) -> str:
-    refuse_model_type(model.config.model_type, model.config.is_encoder_decoder)
+    refuse_family(model.config.model_type, model.config.is_encoder_decoder)
     _, decoder = decoder_config(model.config)
     return find_layer_list(model, getattr(decoder, count_field(decoder)))
 

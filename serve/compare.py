@@ -17,6 +17,7 @@ from prune2serve.serve import client, preflight, rows
 from prune2serve.serve.client import Outcome, Target
 from prune2serve.serve.design import ARMS, Arm, Period, StoppingRule, periods_of_round
 from prune2serve.serve.endpoint import Endpoint, counters, describe
+from prune2serve.serve.environment import environment
 from prune2serve.serve.ideal import ModelCost, attribute, ideal_ratios
 from prune2serve.serve.metrics import Slo
 from prune2serve.serve.workload import Workload, requests_for
@@ -246,6 +247,7 @@ def comparison_of(plan: Plan, made: Run, floor: Comparison | None = None) -> Com
         checks=tuple(made.checks),
         attribution=attribute(ideal, parts["baseline"], parts["candidate"]) if ideal else {},
         noise_floor=floor.rows if floor else (),
+        environment=environment(),
         requests=tuple(made.traces),
     )
     return replace(comparison, verdict=verdict(comparison))

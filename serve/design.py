@@ -18,6 +18,8 @@ import numpy as np
 Arm = Literal["baseline", "candidate"]
 ARMS: tuple[Arm, Arm] = ("baseline", "candidate")
 PERIODS_PER_ROUND = 4
+MIN_ROUNDS = 3
+"""A time limit does not end a run before this: two rounds give an interval too wide to use, one gives none."""
 MIN_ROUNDS_TO_STOP = 4
 """Fewer rounds are never called precise enough: their own spread is hardly known."""
 
@@ -59,12 +61,12 @@ class StoppingRule:
     time_limit_s: float | None = None
 
     def rounds(self) -> Iterator[int]:
-        """Count the rounds that may begin: none that would not end within the time limit, but always one."""
+        """Count the rounds that may begin: none that would end after the time limit, but always `MIN_ROUNDS`."""
         start, index = time.monotonic(), 0
         while self.max_rounds is None or index < self.max_rounds:
             elapsed = time.monotonic() - start
-            longest_allowed = self.time_limit_s if self.time_limit_s is not None else float("inf")
-            if index and elapsed * (index + 1) / index > longest_allowed:
+            limit = self.time_limit_s if self.time_limit_s is not None else float("inf")
+            if index >= MIN_ROUNDS and elapsed * (index + 1) / index > limit:
                 return
             yield index
             index += 1

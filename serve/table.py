@@ -23,7 +23,7 @@ SHOWN = (
     "goodput",
 )
 """Rows worth a line on a terminal; the report has all of them."""
-SHORT = {"better": "better", "worse": "worse", "not distinguishable": "unclear"}
+SHORT = {"better": "better", "worse": "worse", "not distinguishable": "~"}
 """Verdicts, short enough for 80 columns."""
 COLOURS = {"better": "green", "worse": "red", "not distinguishable": "yellow"}
 
@@ -51,10 +51,11 @@ def table_of(comparison: Comparison) -> Table:
     settings = comparison.settings
     table = Table(
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
         title=f"{comparison.candidate} against {comparison.baseline}",
         caption=f"{settings.get('num_rounds')} rounds, {settings.get('requests_per_arm')} requests an arm, "
         f"{settings.get('seconds')} s. Ratio = candidate / baseline; 95% intervals over rounds; "
-        "unclear = not distinguishable.",
+        "~ is not distinguishable.",
     )
     table.add_column("metric", no_wrap=True)
     for name in ("baseline", "candidate", "ratio", "95% interval", "ideal"):

@@ -46,7 +46,11 @@ POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--rate", type=POSITIVE, help="Open loop: requests per second.")
 @click.option("--burstiness", type=POSITIVE, default=1.0, help="With --rate: 1 Poisson, less is burstier.")
 @click.option("--replay", type=PATH, help="Open loop: a file with one send time (seconds) a line.")
-@click.option("--requests", type=COUNT, help="Requests per period, four periods a round. [default: 2 x concurrency]")
+@click.option(
+    "--requests",
+    type=COUNT,
+    help="Requests per period, four periods a round. [default: the concurrency; 8 in an open loop]",
+)
 @click.option("--share-prefixes", is_flag=True, help="Leave prompts as they are, so that prefix caches may help.")
 @click.option("--slo", help="Goodput: ttft=MS,tpot=MS,e2e=MS.")
 @click.option("--rounds", type=click.IntRange(2), help="Stop after so many rounds.")
@@ -177,7 +181,7 @@ def _workload(options: dict[str, Any], arms: Arms) -> Workload:
         source=source,
         output=Lengths(options["output_tokens"] or (16 if options["quick"] else 32), options["length_spread"]),
         arrival=arrival,
-        num_requests=options["requests"] or (1 if options["quick"] else 2) * (arrival.concurrency or 8),
+        num_requests=options["requests"] or arrival.concurrency or 8,
         input=Lengths(length, options["length_spread"]) if length else None,
         fitter=fitter,
         share_prefixes=options["share_prefixes"],
@@ -220,10 +224,14 @@ def _print_plan(plan: Plan, options: dict[str, Any]) -> None:
 
 
 def _write(comparison: Comparison, arms: Arms, target: Path, options: dict[str, Any]) -> Path:
+    from prune2serve.serve import interchange, report
     from prune2serve.staging import staged_directory
 
     with staged_directory(target, force=options["force"]) as staging:
         (staging / "comparison.json").write_text(comparison.to_json())
+        (staging / "report.html").write_text(report.render(comparison, arms.manifest), encoding="utf-8")
+        for name in options["formats"]:
+            interchange.export(comparison, staging, name)
     return target
 
 

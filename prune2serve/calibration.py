@@ -12,6 +12,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,9 +33,9 @@ Tokens = list[int]
 class Sizes:
     """Windows a split, and tokens a window."""
 
-    score: int = 24
-    search: int = 12
-    report: int = 12
+    score: int = 16
+    search: int = 8
+    report: int = 8
     window: int = 512
 
     @property
@@ -112,7 +113,7 @@ def read_documents(path: Path) -> list[str]:
 def _split_text(text: str) -> list[str]:
     if WIKITEXT_TITLE.search(text):
         starts = [0, *(match.start() for match in WIKITEXT_TITLE.finditer(text)), len(text)]
-        return [text[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        return [text[a:b] for a, b in pairwise(starts)]
     for separator in (r"\n(?:[ \t]*\n){2,}", r"\n[ \t]*\n", r"\n"):
         parts = re.split(separator, text)
         if len(parts) > 2:

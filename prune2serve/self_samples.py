@@ -70,8 +70,8 @@ def self_samples(
                 rejected += 1
                 if rejected > 4 * len(documents) + 8 * sampling.batch_size:
                     raise Prune2ServeError(
-                        f"{checkpoint.source} writes degenerate text ({rejected} of {rejected + len(documents)} samples "
-                        "rejected): give real text with --calibration PATH"
+                        f"{checkpoint.source} writes degenerate text ({rejected} of {rejected + len(documents)} "
+                        "samples rejected): give real text with --calibration PATH"
                     )
                 continue
             seen.add(key_tokens)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from prune2serve.devices import DTYPES
 from prune2serve.errors import GateFailedError, Prune2ServeError
 from prune2serve.paths import DEFAULT_OUTPUT
 
@@ -70,9 +71,9 @@ def byte_size(text: str) -> int:
     "--calibration", default="self", show_default=True, metavar="TEXT",
     help="Text or JSONL file, hub:NAME[:config][:split], or `self`: the parent's own samples.",
 )  # fmt: skip
-@click.option("--score-windows", default=24, show_default=True, help="Windows that the layers are scored on.")
-@click.option("--search-windows", default=12, show_default=True, help="Windows that selectors may search on.")
-@click.option("--report-windows", default=12, show_default=True, help="Windows that quality is reported on.")
+@click.option("--score-windows", default=16, show_default=True, help="Windows that the layers are scored on.")
+@click.option("--search-windows", default=8, show_default=True, help="Windows that selectors may search on.")
+@click.option("--report-windows", default=8, show_default=True, help="Windows that quality is reported on.")
 @click.option("--window", default=512, show_default=True, help="Tokens a window.")
 @click.option("--text", type=click.Path(path_type=Path), help="Report quality on this file instead.")
 @click.option("--text-windows", type=int, help="Only its first windows.")
@@ -84,7 +85,7 @@ def byte_size(text: str) -> int:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
 @click.option(
     "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    type=click.Choice(DTYPES),
     default="auto",
     show_default=True,
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from prune2serve.devices import DTYPES
 from prune2serve.paths import DEFAULT_OUTPUT
 
 
@@ -15,9 +16,7 @@ from prune2serve.paths import DEFAULT_OUTPUT
 @click.option("--text-windows", type=int, help="Only its first windows.")
 @click.option("--window", default=512, show_default=True, help="Tokens a window.")
 @click.option("--device", default="auto", show_default=True)
-@click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
-)
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--trust-remote-code", is_flag=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")

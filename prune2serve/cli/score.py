@@ -7,24 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from prune2serve.devices import DTYPES
+
 if TYPE_CHECKING:
     from prune2serve.records import LayerScores
 
-BAR = 24
+BAR = 16
 
 
 @click.command(short_help="Score the decoder layers: a table and a chart.")
 @click.option("--model", default="sample", show_default=True, help="Directory, hub id, .gguf file, or `sample`.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--calibration", default="self", show_default=True, metavar="TEXT", help="As in build.")
-@click.option("--score-windows", default=24, show_default=True, help="Windows that the layers are scored on.")
+@click.option("--score-windows", default=16, show_default=True, help="Windows that the layers are scored on.")
 @click.option("--window", default=512, show_default=True, help="Tokens a window.")
 @click.option("--chart", default="block_influence", show_default=True, help="Metric that is drawn.")
 @click.option("--output", type=click.Path(path_type=Path), help="Also write the scores as JSON to this file.")
 @click.option("--device", default="auto", show_default=True)
-@click.option(
-    "--dtype", type=click.Choice(["auto", "float32", "bfloat16", "float16"]), default="auto", show_default=True
-)
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--force", is_flag=True, help="Replace the output file when it exists.")
 @click.option("--trust-remote-code", is_flag=True)
@@ -79,7 +79,8 @@ def print_table(scores: LayerScores, chart: str) -> None:
         )
     values = [math.log(max(value, 1e-12)) for value in scores.metrics[chart]]
     low, span = min(values), (max(values) - min(values)) or 1.0
-    table = Table("layer", *scores.metrics, f"{chart} (log scale)", title=f"{scores.tokens} tokens; higher = keep")
+    title = f"{scores.tokens} tokens; higher = keep; the chart is log {chart}"
+    table = Table("layer", *scores.metrics, "chart", title=title)
     for layer, value in enumerate(values):
         bar = "█" * (1 + round((BAR - 1) * (value - low) / span))
         table.add_row(str(layer), *(f"{metric[layer]:.4g}" for metric in scores.metrics.values()), bar)

@@ -59,16 +59,12 @@ class ModelRunner:
         shape, kv_type = _cache_shape(self.session, onnx_directory)
         self._kv_element, kv_name = ELEMENT_TYPES[kv_type]
         self._device = torch.device(options.device)
-        self.cache = KVCache(
-            shape, options.num_rows, options.max_length, getattr(torch, kv_name), self._device
-        )
+        self.cache = KVCache(shape, options.num_rows, options.max_length, getattr(torch, kv_name), self._device)
         logits = next(output for output in self.session.get_outputs() if output.name == "logits")
         self.vocab_size = int(logits.shape[-1])
         self._logits_element, logits_name = ELEMENT_TYPES[logits.type]
         most = max(options.num_rows, options.prefill_chunk)
-        self._logits = torch.empty(
-            (most, self.vocab_size), dtype=getattr(torch, logits_name), device=self._device
-        )
+        self._logits = torch.empty((most, self.vocab_size), dtype=getattr(torch, logits_name), device=self._device)
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
 
     def prefill(self, row: int, ids: list[int], start: int, *, every: bool = False) -> np.ndarray:
@@ -163,6 +159,9 @@ def _open(onnx_directory: Path, options: RunnerOptions) -> ort.InferenceSession:
     settings.log_severity_level = 3
     settings.intra_op_num_threads = options.num_threads or len(os.sched_getaffinity(0))
     settings.inter_op_num_threads = 1
+    # Threads that spin between two operators halve the speed as soon as anything else wants a core, and the HTTP
+    # side of this very process does.
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = ort.InferenceSession(str(onnx_directory / SERVING_GRAPH), settings, providers=[provider])
     if session.get_providers()[0] != provider:
         raise Prune2ServeError(
@@ -188,9 +187,7 @@ def _cache_shape(session: ort.InferenceSession, onnx_directory: Path) -> tuple[C
         )
     kinds = {wanted.type for wanted in past}
     if len(kinds) != 1 or not kinds <= set(ELEMENT_TYPES):
-        raise Prune2ServeError(
-            f"the exported graph's KV cache is {', '.join(sorted(kinds))}, expected one float type"
-        )
+        raise Prune2ServeError(f"the exported graph's KV cache is {', '.join(sorted(kinds))}, expected one float type")
     kind = kinds.pop()
     shape = CacheShape(
         tuple(wanted.name.removeprefix("past_key_values.") for wanted in past),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -42,6 +43,9 @@ class VllmSettings:
     shutdown_timeout_s: float = 30.0
     ready_timeout_s: float = 900.0
     python: str | None = None
+    speculative_draft: Path | None = None
+    """A smaller model of the same vocabulary that proposes tokens, such as a build as draft for its parent."""
+    num_speculative_tokens: int = 4
     flags: tuple[str, ...] = ()
     """Any further flags of vLLM's server."""
 
@@ -89,6 +93,13 @@ def vllm_command(settings: VllmSettings, python: str, port: int) -> list[str]:
                 "own flags after --, such as -- --quantization ..."
             )
         command += ["--dtype", DTYPES[settings.precision]]
+    if settings.speculative_draft is not None:
+        draft = {
+            "method": "draft_model",
+            "model": str(settings.speculative_draft.resolve()),
+            "num_speculative_tokens": settings.num_speculative_tokens,
+        }
+        command += ["--speculative-config", json.dumps(draft)]
     # The default, 0, aborts the requests in flight.
     command += ["--shutdown-timeout", str(max(1, round(settings.shutdown_timeout_s)))]
     return [*command, *settings.flags]
@@ -100,9 +111,7 @@ def vllm_environment(settings: VllmSettings) -> dict[str, str]:
     if settings.api_key:
         env["VLLM_API_KEY"] = settings.api_key
     if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        env["VLLM_CPU_KVCACHE_SPACE"] = (
-            "2"  # GiB; read on CPU only, where the default takes much of the memory
-        )
+        env["VLLM_CPU_KVCACHE_SPACE"] = "2"  # GiB; read on CPU only, where the default takes much of the memory
     return env
 
 
@@ -150,18 +159,12 @@ def serve_vllm(settings: VllmSettings) -> None:
             server.start()
             server.wait_ready(settings.ready_timeout_s)
             started_s = time.monotonic()
-            say(
-                f"Serving {settings.names[0]} on {server.url} (vLLM, "
-                f"{settings.precision or 'its own precision'})"
-            )
+            say(f"Serving {settings.names[0]} on {server.url} (vLLM, {settings.precision or 'its own precision'})")
             while server.poll() is None:
                 time.sleep(0.5)
             if time.monotonic() - started_s > STABLE_S:
                 pause_s = 1.0
-            say(
-                f"vLLM ended with status {server.poll()}; starting it again in {pause_s:g} "
-                f"s:\n{server.log_tail()}"
-            )
+            say(f"vLLM ended with status {server.poll()}; starting it again in {pause_s:g} s:\n{server.log_tail()}")
             server.stop()
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, MAX_RESTART_PAUSE_S)

@@ -150,7 +150,7 @@ def test_prompt_logprobs_without_an_answer(engine, text):
 
 
 def test_a_stop_string_ends_the_answer_and_frees_the_row(engine, text):
-    (whole,), (full,) = run(engine, [text.encode(PROMPTS[0])])
+    _, (full,) = run(engine, [text.encode(PROMPTS[0])])
     stop = full.text[6:9]
     _, (cut,) = run(engine, [text.encode(PROMPTS[0])], stop=(stop,))
     assert cut.reason == "stop"

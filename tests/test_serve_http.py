@@ -18,7 +18,7 @@ from serve_fixtures import serve_cache, tiny_model, tiny_onnx  # noqa: F401
 pytest.importorskip("onnxruntime")
 openai = pytest.importorskip("openai")
 
-from prune2serve.serve.engine import served
+from prune2serve.serve.engine import served  # noqa: E402
 
 KEY = "secret-key-ü"
 NAME = "tiny@test"
@@ -271,7 +271,8 @@ def raw_request(server, body):
     host, port = server.url.removeprefix("http://").split(":")
     data = json.dumps(body).encode()
     connection = socket.create_connection((host, int(port)), timeout=30)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\n\r\n"
     connection.sendall(head.encode() + data)
     return connection
 

@@ -5,8 +5,8 @@
 For a tiny random model of each family and several random sets of layers, the pruned directory, loaded by stock
 transformers, must give the logits of the parent with those layers skipped (identity hooks: each kept layer stays in
 its own place, so nothing of the pruned config is shared with this oracle), and the logits of `pruned_in_memory`; cached
-greedy generation must choose the tokens that the model chooses without a cache; and the pruned model, pruned again, must
-equal the parent with both sets of layers skipped. A model with two other layers removed must *not* pass, or the
+greedy generation must choose the tokens that the model chooses without a cache; and the pruned model, pruned again,
+must equal the parent with both sets of layers skipped. A model with two other layers removed must *not* pass, or the
 comparison would be blind.
 """
 
@@ -93,7 +93,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ("afmoe", "cwm", "granite_swa", "laguna", "mimo_v2_flash", "mellum", "exaone_moe", "kolibri1"), KINDS
     ),
-    **dict.fromkeys(("qwen2", "qwen3"), WINDOWS),
+    "qwen2": WINDOWS,
+    "qwen3": WINDOWS,
     "qwen2_moe": WINDOWS | STEPS,
     "qwen3_moe": STEPS,
     "qwen3_next": HYBRID | GATED_DELTA | STEPS,
@@ -102,7 +103,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "smollm3": {"use_sliding_window": True, "no_rope_layers": [1, 1, 0, 1, 0, 1], **KINDS},
     "llama4_text": {"moe_layers": [1, 2, 5], "no_rope_layers": [1, 1, 0, 1, 0, 1], "attention_chunk_size": 8},
     "deepseek_v2": {**LATENT, **DENSE_FIRST, "topk_method": "greedy"},
-    **dict.fromkeys(("deepseek_v3", "youtu", "axk1", "axk2"), {**LATENT, **DENSE_FIRST}),
+    **dict.fromkeys(("deepseek_v3", "youtu", "axk1", "axk2"), LATENT | DENSE_FIRST),
     **dict.fromkeys(("deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3"), LATENT),
     **dict.fromkeys(("glm4_moe", "dots1"), DENSE_FIRST),
     "lfm2_moe": {"layer_types": ["conv", F, "conv", F, "conv", F], "num_dense_layers": 2},
@@ -375,10 +376,8 @@ def main() -> int:
         proof = prove_or_say(model_type)
         proofs.append(proof)
         if not options.json:
-            print(
-                f"{proof.model_type:22} {proof.verdict:8} {proof.subsets:2} {proof.largest_difference:8.1e}  {proof.detail}",
-                flush=True,
-            )
+            figures = f"{proof.subsets:2} {proof.largest_difference:8.1e}"
+            print(f"{proof.model_type:24} {proof.verdict:8} {figures}  {proof.detail}", flush=True)
     if options.json:
         print(json.dumps([asdict(proof) for proof in proofs], indent=2))
     else:

@@ -68,7 +68,36 @@ ENCODER_DECODERS = frozenset(
 
 PROVEN = frozenset(
     {
-        *("llama", "mistral", "mixtral", "qwen2", "qwen3"),
+        *("afmoe", "apertus", "arcee", "aria_text", "axk1", "axk2", "bamba", "biogpt", "bitnet", "bloom", "codegen"),
+        *("cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "cwm", "dbrx", "deepseek_v2", "deepseek_v3"),
+        *("deepseek_v32", "deepseek_v4", "doge", "dots1", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe"),
+        *("falcon", "falcon_h1", "falcon_mamba", "flex_olmo", "flint", "gemma", "gemma2", "gemma3", "gemma3_text"),
+        *(
+            "gemma4_text",
+            "gemma4_unified_text",
+            "glm",
+            "glm4",
+            "glm4_moe",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
+            "gpt-sw3",
+            "gpt2",
+            "gpt_bigcode",
+            "gpt_neo",
+            "gpt_neox",
+            "gpt_oss",
+            "gptj",
+            "granite",
+            "granite_swa",
+        ),
+        *("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "helium", "hunyuan_v1_dense"),
+        *("hunyuan_v1_moe", "hy_v3", "hy_v4", "hyperclovax", "inkling_text", "internlm3", "iquestcoder", "jais2"),
+        *("jetmoe", "kimi_linear", "kolibri1", "laguna", "lfm2", "lfm2_moe", "lfm3", "llama", "llama4_text"),
+        *("mamba", "mamba2", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "minimax_m3_vl_text", "ministral"),
+        *("ministral3", "mistral", "mixtral", "mpt", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo2", "olmo3"),
+        *("olmo_hybrid", "olmoe", "openai-gpt", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe"),
+        *("qwen3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe", "qwen3_next", "recurrent_gemma", "seed_oss"),
+        *("smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "xglm", "youtu"),
     }
 )
 """Families for which the benchmark's proof holds; any other is compared layer by layer before it is written."""

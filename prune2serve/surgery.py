@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from prune2serve.architectures import Architecture, architecture_of
 from prune2serve.errors import Prune2ServeError
+from prune2serve.families import PROVEN
 from prune2serve.merging import chosen_layer, merge_tensor
 from prune2serve.model_config import prune_config
 from prune2serve.progress import task
 from prune2serve.records import Checkpoint, Merge, PruningPlan
 from prune2serve.safetensors_header import TensorEntry
 from prune2serve.shard_writer import Output, pack, write_shard
+from prune2serve.structure import check_structure
 from prune2serve.tensors import (
     INDEX_FILE,
     SINGLE_FILE,
@@ -83,6 +85,8 @@ def write_pruned(
             f"the plan is for a model of {plan.num_layers} layers, {checkpoint.source} has {architecture.num_layers}"
         )
     config = prune_config(checkpoint.config, architecture, plan.kept)
+    if architecture.model_type not in PROVEN:
+        check_structure(checkpoint.config, config, architecture, plan.kept)
     outputs = plan_tensors(index, architecture, plan)
     try:
         _check_space(output, sum(tensor.size_bytes for tensor in outputs))
@@ -173,7 +177,7 @@ def _merged(new_name: str, inside: str, merge: Merge, index: TensorIndex, archit
                 "layers of one kind"
             )
         run.append(entry)
-    if run[0].dtype.startswith(("F8", "F6", "F4")):
+    if run[0].dtype.startswith(("F8_", "F6_", "F4")):
         raise Prune2ServeError(f"layers of {run[0].dtype} weights cannot be merged: merge the unquantized model")
     chosen = chosen_layer(inside, merge.rule) if is_float(run[0]) else 0
     if chosen is not None:

@@ -140,7 +140,7 @@ def torch_dtype(entry: TensorEntry) -> torch.dtype:
 
 def is_float(entry: TensorEntry) -> bool:
     """True for floating-point weights, packed four and six bit floats excepted."""
-    return entry.dtype.startswith(("F", "BF")) and not entry.dtype.startswith(("F4", "F6"))
+    return entry.dtype in ("F64", "F32", "F16", "BF16") or entry.dtype.startswith("F8_E")
 
 
 def find_nonfinite(index: TensorIndex) -> str | None:
@@ -166,7 +166,7 @@ def check_finite(index: TensorIndex) -> None:
     name = find_nonfinite(index)
     if name is not None:
         raise CorruptCheckpointError(
-            f"tensor {name!r} in {index.entries[name].file.name} holds NaN or infinite weights: the checkpoint is damaged"
+            f"{index.entries[name].file.name}: tensor {name!r} holds NaN or infinite weights: fetch or copy it again"
         )
 
 

@@ -84,8 +84,9 @@ def _grid(x: Axis, y: Axis, x_unit: str, y_label: Sequence[tuple[float, str]]) -
 
 def cumulative(a: np.ndarray, b: np.ndarray, unit: str, label: str) -> Markup:
     """Draw both arms' cumulative distributions: the share of values at most x. Both sorted, not empty."""
-    low, high = min(a[0], b[0]), max(np.quantile(a, 0.995), np.quantile(b, 0.995))
-    low, high = float(max(low, high / 1e4)), float(high)
+    # The outermost half percent would squeeze the rest; it is drawn at the edge.
+    high = float(max(np.quantile(a, 0.995), np.quantile(b, 0.995)))
+    low = max(float(min(np.quantile(a, 0.005), np.quantile(b, 0.005))), high / 100)
     log_scale = high / low > 20
     pad = 1.03 if log_scale else 1.0
     x = Axis(low / pad, max(high * pad, low * 1.01), LEFT, WIDTH - RIGHT, log_scale)

@@ -8,23 +8,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from prune2serve.serve import client, preflight, rows
 from prune2serve.serve.client import Outcome, Target
-from prune2serve.serve.design import ARMS, Arm, Period, StoppingRule, periods_of_round
+from prune2serve.serve.design import ARMS, CONFIRMING_ROUNDS, Arm, Period, StoppingRule, periods_of_round
 from prune2serve.serve.endpoint import Endpoint, counters, describe
-from prune2serve.serve.environment import environment
-from prune2serve.serve.ideal import ModelCost, attribute, ideal_ratios
+from prune2serve.serve.ideal import ModelCost
 from prune2serve.serve.metrics import Slo
 from prune2serve.serve.workload import Workload, requests_for
 
 from prune2serve.errors import Prune2ServeError
-from prune2serve.progress import Task, say, task
-from prune2serve.records import Check, Comparison, RequestTrace
+from prune2serve.progress import Task, task
+from prune2serve.records import Check, RequestTrace
 
 if TYPE_CHECKING:
     import aiohttp
@@ -184,6 +183,7 @@ async def _rounds(
 ) -> None:
     """Run rounds until the stopping rule is met."""
     made.stopped = "time limit" if plan.stopping.max_rounds is None else "number of rounds"
+    remaining: int | None = None
     for index in plan.stopping.rounds():
         for period in periods_of_round(index, plan.seed):
             await _period(plan, pair, session, made, period, lag)
@@ -192,7 +192,11 @@ async def _rounds(
         known = [width for width in widths if width is not None]
         bar.describe(f"{plan.label}: round {index + 1}" + (f", ±{max(known):.1%}" if known else ""))
         bar.advance()
-        if plan.stopping.precise(index + 1, widths):
+        if remaining is not None:
+            remaining -= 1
+        elif plan.stopping.precise(index + 1, widths):
+            remaining = CONFIRMING_ROUNDS
+        if remaining == 0:
             made.stopped = "precision reached"
             return
 
@@ -221,104 +225,3 @@ def _refuse(checks: list[Check], allow_unfair: bool) -> None:
             f"the arms are not comparable: {failed[0].name}: {failed[0].detail}; "
             "make them alike, or pass --allow-unfair"
         )
-
-
-def comparison_of(plan: Plan, made: Run, floor: Comparison | None = None) -> Comparison:
-    """Make the record of a run; `floor` is the same design's A/A run."""
-    a = rows.by_round(made.traces, "baseline")
-    b = rows.by_round(made.traces, "candidate")
-    ideal = _ideal(plan, made)
-    table = rows.rows_of(
-        made.traces,
-        slo=plan.slo,
-        ideal=ideal,
-        floor=rows.noise_floor(floor.rows) if floor else None,
-        seed=plan.seed,
-    )
-    parts = {
-        arm: _with_queue(rows.mean_parts(r), made.counters.get(arm, {})) for arm, r in zip(ARMS, (a, b), strict=True)
-    }
-    comparison = Comparison(
-        baseline=made.names.get("baseline", "baseline"),
-        candidate=made.names.get("candidate", "candidate"),
-        rows=table,
-        ideal_ratio=ideal.decode if ideal else None,
-        settings=_settings(plan, made, len(a)),
-        checks=tuple(made.checks),
-        attribution=attribute(ideal, parts["baseline"], parts["candidate"]) if ideal else {},
-        noise_floor=floor.rows if floor else (),
-        environment=environment(),
-        requests=tuple(made.traces),
-    )
-    return replace(comparison, verdict=verdict(comparison))
-
-
-def _ideal(plan: Plan, made: Run) -> Any:
-    good = [t for t in made.traces if t.round >= 0 and not t.error and t.prompt_tokens]
-    if plan.costs is None or not good:
-        return None
-    return ideal_ratios(
-        *plan.costs,
-        prompt=sum(t.prompt_tokens or 0 for t in good) / len(good),
-        output=sum(t.output_tokens for t in good) / len(good),
-        batch=plan.workload.arrival.concurrency or 1,
-    )
-
-
-def _with_queue(parts: dict[str, float], growth: Mapping[str, float]) -> dict[str, float]:
-    """Split the server's own mean queue time off the TTFT, where it reports one."""
-    count = growth.get("vllm:request_queue_time_seconds_count", 0.0)
-    if not count or not parts:
-        return parts
-    queue = min(growth.get("vllm:request_queue_time_seconds_sum", 0.0) / count * 1e3, parts["prefill"])
-    return {"queue": queue, "prefill": parts["prefill"] - queue, "decode": parts["decode"]}
-
-
-def _settings(plan: Plan, made: Run, num_rounds: int) -> dict[str, Any]:
-    workload, stopping = plan.workload, plan.stopping
-    return {
-        "num_rounds": num_rounds,
-        "requests_per_period": workload.num_requests,
-        "requests_per_arm": num_rounds * 2 * workload.num_requests,
-        "seconds": round(made.seconds, 1),
-        "stopped": made.stopped,
-        "prompts": workload.source,
-        "input_tokens": workload.input.mean if workload.input else None,
-        "output_tokens": workload.output.mean,
-        "arrival": workload.arrival.kind,
-        "concurrency": workload.arrival.concurrency,
-        "rate": workload.arrival.rate or None,
-        "both_resident": plan.both_resident,
-        "precision_target": stopping.precision,
-        "time_limit_s": stopping.time_limit_s,
-        "seed": plan.seed,
-        "slo": {k: v for k, v in vars(plan.slo).items() if v is not None} if plan.slo else None,
-        "commands": {arm: list(command) for arm, command in made.commands.items()},
-        "endpoints": made.facts,
-        "definitions": "TPOT = (E2E - TTFT) / (output tokens - 1); ITL = gaps between chunks, pooled; "
-        "throughput = output tokens / wall time of the periods; ratio = candidate / baseline; interval = 95%, "
-        "bootstrap over rounds with t quantiles",
-    }
-
-
-def verdict(comparison: Comparison) -> str:
-    """Say the result in one sentence."""
-    found = {row.metric: row for row in comparison.rows}
-    row = found.get("mean_tpot")
-    if row is None or row.ratio is None or row.interval is None:
-        return "too little was measured for a verdict"
-    if row.verdict == "not distinguishable":
-        seen = f"; this run would have seen {row.smallest_effect:.1%}" if row.smallest_effect else ""
-        return f"time per output token: not distinguishable ({row.ratio:.3f}x){seen}"
-    faster = "less" if row.ratio < 1 else "more"
-    return (
-        f"time per output token: {abs(1 - row.ratio):.1%} {faster} "
-        f"(ratio {row.ratio:.3f}, 95% interval {row.interval[0]:.3f} to {row.interval[1]:.3f})"
-    )
-
-
-def note_problems(checks: tuple[Check, ...]) -> None:
-    """Say every check that is not in order."""
-    for check in checks:
-        if check.status in ("warning", "failed"):
-            say(f"{check.status}: {check.name}: {check.detail}")

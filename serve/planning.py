@@ -10,14 +10,13 @@ from prune2serve.serve import rows, statistics
 from prune2serve.serve.compare import Plan, run
 from prune2serve.serve.design import StoppingRule
 
-PILOT_ROUNDS = 5
+PILOT_ROUNDS = 6
 
 
 def estimate_rounds(plan: Plan, effect: float, pilot_rounds: int = PILOT_ROUNDS) -> dict[str, Any]:
     """Run a pilot and return, per watched metric, the rounds that find a relative change of `effect`.
 
-    The spread is that of the pilot's rounds, which is itself uncertain: with five rounds the true one lies
-    between 0.6 and 2.9 times it (95%), so the number of rounds may be off by a factor of a few.
+    The spread is that of the pilot's rounds; that so few rounds hardly know it is allowed for in the power.
     """
     pilot = replace(plan, stopping=StoppingRule(max_rounds=pilot_rounds), label="Pilot")
     made = run(pilot)
@@ -29,12 +28,12 @@ def estimate_rounds(plan: Plan, effect: float, pilot_rounds: int = PILOT_ROUNDS)
         t = statistics.t_quantile(0.5 + statistics.CONFIDENCE / 2, pilot_rounds - 1)
         error = math.log(row.interval[1] / row.interval[0]) / 2 / t
         per_round = error * math.sqrt(pilot_rounds)
-        needed = statistics.rounds_needed(effect, per_round)
+        needed = statistics.rounds_needed(effect, per_round, pilot_rounds)
         found[row.metric] = {
             "spread_per_round": per_round,
             "rounds": needed,
             "seconds": needed * seconds_per_round,
-            "power": statistics.power(effect, per_round, needed),
+            "power": statistics.power(effect, per_round, needed, pilot_rounds),
         }
     return {
         "effect": effect,

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 from prune2serve.serve import metrics
+from prune2serve.serve.design import ARMS
 from prune2serve.serve.endpoint import Endpoint
 
 from prune2serve.records import Check, RequestTrace
@@ -169,7 +170,8 @@ def _tokens(arms: Mapping[str, list[RequestTrace]]) -> Check:
 def _prefix_cache(observed: Observed) -> Check:
     name = "prefix cache"
     rates = {}
-    for arm, counters in observed.counters.items():
+    for arm in ARMS:
+        counters = observed.counters.get(arm, {})
         queries = _counter(counters, "vllm:prefix_cache_queries")
         if not queries:
             return Check(name, "skipped", "an endpoint counts no prefix cache queries")

@@ -99,8 +99,8 @@ def estimate(point: tuple[float, float], resampled: tuple[np.ndarray, np.ndarray
         return Estimate(baseline, candidate, ratio, None, difference, None, None)
     a, b = resampled
     inflate = math.sqrt(num_rounds / (num_rounds - 1))
-    log_error = float(np.std(np.log(b / a), ddof=1)) * inflate
-    error = float(np.std(b - a, ddof=1)) * inflate
+    log_error = spread(np.log(b / a)) * inflate
+    error = spread(b - a) * inflate
     t = t_quantile(0.5 + CONFIDENCE / 2, num_rounds - 1)
     return Estimate(
         baseline=baseline,
@@ -149,31 +149,43 @@ def compare_rates(
     return estimate(point, resampled, len(a[0]))
 
 
-def power(effect: float, log_error_per_round: float, num_rounds: int) -> float:
+def power(effect: float, log_error_per_round: float, num_rounds: int, pilot_rounds: int | None = None) -> float:
     """Probability that a true ratio of 1 + effect is told from 1 by the 95% interval of `num_rounds` rounds.
 
-    Noncentral t distribution; `log_error_per_round` is the standard deviation of one round's log ratio.
+    Noncentral t distribution; `log_error_per_round` is the standard deviation of one round's log ratio. If that was
+    estimated from `pilot_rounds` rounds, it is itself uncertain, (m - 1) s^2 / sigma^2 following chi-square with m - 1
+    degrees of freedom: the power is then averaged over sigma, or the promise would be too high.
     """
-    from scipy.special import nctdtr
+    from scipy.special import chdtri, nctdtr
 
     if log_error_per_round <= 0:
         return 1.0
-    shift = abs(math.log1p(effect)) * math.sqrt(num_rounds) / log_error_per_round
+    spreads = np.array([log_error_per_round])
+    if pilot_rounds is not None:
+        middles = (np.arange(100) + 0.5) / 100
+        spreads = log_error_per_round * np.sqrt((pilot_rounds - 1) / chdtri(pilot_rounds - 1, middles))
+    shifts = abs(math.log1p(effect)) * math.sqrt(num_rounds) / spreads
     t = t_quantile(0.5 + CONFIDENCE / 2, num_rounds - 1)
-    below_upper, below_lower = nctdtr(num_rounds - 1, shift, [t, -t])
-    # Far out, scipy's series returns NaN for the lower tail, which is then zero to every digit we print.
-    found = 1 - float(below_upper) + (0.0 if math.isnan(below_lower) else float(below_lower))
-    return 1.0 if math.isnan(found) else min(max(found, 0.0), 1.0)
+    # Far out, scipy's series returns NaN: for the wrong tail, which is then zero, and for a certain discovery.
+    below_upper = np.nan_to_num(nctdtr(num_rounds - 1, shifts, t), nan=0.0)
+    below_lower = np.nan_to_num(nctdtr(num_rounds - 1, shifts, -t), nan=0.0)
+    return float(np.clip(1 - below_upper + below_lower, 0, 1).mean())
 
 
-def rounds_needed(effect: float, log_error_per_round: float, wanted: float = POWER, limit: int = 10_000) -> int:
+def rounds_needed(
+    effect: float,
+    log_error_per_round: float,
+    pilot_rounds: int | None = None,
+    wanted: float = POWER,
+    limit: int = 10_000,
+) -> int:
     """Smallest number of rounds (at least 3) whose power reaches `wanted`, or `limit`."""
     low, high = 3, 3
-    while high < limit and power(effect, log_error_per_round, high) < wanted:
+    while high < limit and power(effect, log_error_per_round, high, pilot_rounds) < wanted:
         low, high = high, min(high * 2, limit)
     while low < high:
         middle = (low + high) // 2
-        if power(effect, log_error_per_round, middle) >= wanted:
+        if power(effect, log_error_per_round, middle, pilot_rounds) >= wanted:
             high = middle
         else:
             low = middle + 1

@@ -76,7 +76,8 @@ def command(**options: Any) -> None:
     """
     from prune2serve.progress import set_quiet
     from prune2serve.serve import gates
-    from prune2serve.serve.compare import comparison_of, note_problems, run
+    from prune2serve.serve.compare import run
+    from prune2serve.serve.conclude import comparison_of, note_problems
 
     set_quiet(options["quiet"])
     conditions = [gates.parse(text) for text in options["fail_if"]]
@@ -207,7 +208,8 @@ def _noise_floor(plan: Plan, arms: Arms) -> Comparison:
     """Run the same design with the baseline on both arms."""
     from dataclasses import replace
 
-    from prune2serve.serve.compare import comparison_of, run
+    from prune2serve.serve.compare import run
+    from prune2serve.serve.conclude import comparison_of
 
     twice = arms.noise_floor()
     same = replace(plan, start=twice.start, directories=twice.directories, costs=None, label="Noise floor (A/A)")

@@ -91,6 +91,12 @@ def t_quantile(probability: float, degrees: int) -> float:
     return float(stdtrit(degrees, probability))
 
 
+def spread(resampled: np.ndarray) -> float:
+    """Half the width of the middle 68%: a normal's standard deviation, deaf to a high percentile's long tails."""
+    low, high = np.quantile(resampled, [0.158655, 0.841345])
+    return float(high - low) / 2
+
+
 def estimate(point: tuple[float, float], resampled: tuple[np.ndarray, np.ndarray] | None, num_rounds: int) -> Estimate:
     """Make an interval from a statistic of (baseline, candidate) and the same statistic of every resample."""
     baseline, candidate = point

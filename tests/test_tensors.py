@@ -156,7 +156,7 @@ def test_truncated_shard(sharded: Path) -> None:
 
 def test_missing_shard(sharded: Path) -> None:
     (sharded / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CorruptCheckpointError, match="model-00002-of-00002.safetensors is missing"):
+    with pytest.raises(CorruptCheckpointError, match=r"model-00002-of-00002.safetensors is missing"):
         read_index(sharded)
 
 
@@ -168,10 +168,10 @@ def test_tensor_missing_from_the_index(sharded: Path) -> None:
     ):
         read_index(sharded)
     write_map(sharded, names | {"c": "model-00001-of-00002.safetensors"})
-    with pytest.raises(CorruptCheckpointError, match="'c' is in model-00002.* says it is in model-00001"):
+    with pytest.raises(CorruptCheckpointError, match=r"'c' is in model-00002.* says it is in model-00001"):
         read_index(sharded)
     write_map(sharded, names | {"c": "model-00002-of-00002.safetensors", "z": "model-00001-of-00002.safetensors"})
-    with pytest.raises(CorruptCheckpointError, match="says tensor 'z' is in model-00001.*, but it is not there"):
+    with pytest.raises(CorruptCheckpointError, match=r"says tensor 'z' is in model-00001.*, but it is not there"):
         read_index(sharded)
 
 
@@ -180,19 +180,19 @@ def test_tensor_missing_from_the_index(sharded: Path) -> None:
 )
 def test_index_cannot_lead_out_of_its_directory(tmp_path: Path, name: str) -> None:
     write_map(tmp_path, {"a": name})
-    with pytest.raises(CorruptCheckpointError, match="leads out of its directory"):
+    with pytest.raises(CorruptCheckpointError, match=r"leads out of its directory"):
         read_index(tmp_path)
 
 
 def test_index_names_only_safetensors(tmp_path: Path) -> None:
     write_map(tmp_path, {"a": "x.bin"})
-    with pytest.raises(CorruptCheckpointError, match="expected a .safetensors file"):
+    with pytest.raises(CorruptCheckpointError, match=r"expected a .safetensors file"):
         read_index(tmp_path)
 
 
 def test_a_pipe_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
-    with pytest.raises(CorruptCheckpointError, match="is not a regular file"):
+    with pytest.raises(CorruptCheckpointError, match=r"is not a regular file"):
         read_index(tmp_path)
 
 
@@ -205,7 +205,7 @@ def test_finds_one_bad_weight(tmp_path: Path, dtype: torch.dtype, bad: float) ->
     values[1000] = bad
     save_file({"good": torch.ones(3), "worse": values.to(dtype)}, tmp_path / "model.safetensors")
     assert find_nonfinite(read_index(tmp_path)) == "worse"
-    with pytest.raises(CorruptCheckpointError, match="tensor 'worse' holds NaN or infinite weights"):
+    with pytest.raises(CorruptCheckpointError, match=r"tensor 'worse' holds NaN or infinite weights"):
         check_finite(read_index(tmp_path))
 
 

@@ -108,9 +108,10 @@ async def _run(plan: Plan, pair: Pair) -> Run:
     async with client.open_session() as session:
         for arm in ARMS:
             await _ready(plan, pair, arm, session, made)
+        made.checks += preflight.before(made.facts["baseline"], made.facts["candidate"], plan.directories)
         if plan.both_resident:
-            made.checks += preflight.before(pair.get("baseline")[0], pair.get("candidate")[0], plan.directories)
-            _refuse(made.checks, plan.allow_unfair)
+            made.checks.append(preflight.threads(pair.get("baseline")[0], pair.get("candidate")[0]))
+        _refuse(made.checks, plan.allow_unfair)
         lag = client.LoopLag()
         begun, cpu = time.monotonic(), time.process_time()
         with task(plan.label, None) as bar:

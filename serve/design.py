@@ -24,7 +24,7 @@ MIN_ROUNDS_TO_STOP = 6
 """Fewer rounds are never called precise enough: their own spread is hardly known."""
 CONFIRMING_ROUNDS = 2
 """Run after the precision is reached: a run that stops at once stops where its spread happens to look small, and its
-interval is too narrow (91% coverage instead of 95%; with these two rounds 93 to 96%)."""
+interval is too narrow (about 91% coverage instead of 95%; with these two rounds about 93%)."""
 
 
 @dataclass(frozen=True)

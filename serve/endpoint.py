@@ -18,7 +18,9 @@ from typing import IO, Any
 from prune2serve.errors import Prune2ServeError
 from prune2serve.progress import say
 
-READY = re.compile(r"Serving (?P<name>\S+) on (?P<url>https?://[^\s(]+)")
+READY = re.compile(r"Serving (?P<name>\S+) on (?P<url>https?://[^\s(]+)(?: \((?P<engine>[^\n]*)\))?")
+CACHE_INFO = re.compile(r"^vllm:cache_config_info\{(?P<labels>.*)\}", re.MULTILINE)
+CACHE_LABELS = ("block_size", "cache_dtype", "enable_prefix_caching", "gpu_memory_utilization")
 START_TIMEOUT_S = 1800
 """Long, because the first start may export a large model."""
 STOP_TIMEOUT_S = 20
@@ -32,6 +34,8 @@ class Endpoint:
     """Without /v1 and without a slash at the end."""
     name: str
     key: str | None = field(default=None, repr=False)
+    engine: str | None = None
+    """What it said of its engine, precision and KV cache when it was ready."""
     command: tuple[str, ...] = ()
     """How it was started; empty if it was running already."""
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
@@ -86,6 +90,7 @@ def _wait_ready(endpoint: Endpoint, label: str) -> None:
         found = READY.search(text)
         if found:
             endpoint.name, endpoint.url = found["name"], found["url"].rstrip("/").removesuffix("/v1")
+            endpoint.engine = found["engine"]
             return
         if endpoint.process.poll() is not None:
             last = next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
@@ -155,14 +160,20 @@ def get_json(endpoint: Endpoint, path: str) -> dict[str, Any]:
 
 
 def describe(endpoint: Endpoint) -> dict[str, Any]:
-    """Ask an endpoint what it is: version, context length, root; what it does not answer is left out."""
-    facts: dict[str, Any] = {}
+    """Ask an endpoint what it is: version, context length, KV cache; what it does not answer is left out."""
+    facts: dict[str, Any] = {"engine": endpoint.engine} if endpoint.engine else {}
     with suppress(Prune2ServeError):
         facts.update(get_json(endpoint, "/version"))
     with suppress(Prune2ServeError):
         entries = get_json(endpoint, "/v1/models").get("data", [])
         entry = next((e for e in entries if e.get("id") == endpoint.name), {})
         facts.update({key: entry[key] for key in ("max_model_len", "root", "parent") if entry.get(key)})
+    with suppress(Prune2ServeError):
+        info = CACHE_INFO.search(get_text(endpoint, "/metrics"))
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', info["labels"])) if info else {}
+        told = [f"{name} {labels[name]}" for name in CACHE_LABELS if name in labels]
+        if told:
+            facts["kv_cache"] = ", ".join(told)
     return facts
 
 

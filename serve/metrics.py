@@ -71,10 +71,11 @@ def parse_slo(text: str) -> Slo:
     for part in text.split(","):
         name, _, value = part.strip().partition("=")
         try:
-            limits[name] = float(value)
+            limit = float(value)
         except ValueError:
-            limits[""] = 0.0
-        if name not in ("ttft", "tpot", "e2e") or not limits[name] > 0:
+            limit = 0.0
+        limits[name] = limit
+        if name not in ("ttft", "tpot", "e2e") or not limit > 0:
             raise Prune2ServeError(f"--slo has {part.strip()!r}; expected ttft=MS, tpot=MS or e2e=MS, joined by commas")
     return Slo(limits.get("ttft"), limits.get("tpot"), limits.get("e2e"))
 

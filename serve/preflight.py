@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from prune2serve.serve import metrics
@@ -28,25 +28,24 @@ MAX_CACHE_DIFFERENCE = 0.01
 DTYPE_FIELDS = ("dtype", "torch_dtype", "quantization_config", "vocab_size", "hidden_size", "num_attention_heads")
 
 
-def same(name: str, what: str, a: Any, b: Any, *, otherwise: Literal["warning", "failed"] = "failed") -> Check:
+def same(name: str, what: str, a: Any, b: Any) -> Check:
     """Check that two values are equal; skipped when neither or only one is known."""
     if a is None or b is None:
         return Check(name, "skipped", f"{what}: {'neither arm says' if a is b else 'one arm does not say'}")
     if a == b:
         return Check(name, "ok", f"{what}: {a} on both")
-    return Check(name, otherwise, f"{what}: {a} on the baseline, {b} on the candidate")
+    return Check(name, "failed", f"{what}: {a} on the baseline, {b} on the candidate")
 
 
-def before(a: Endpoint, b: Endpoint, directories: tuple[Path, Path] | None) -> list[Check]:
-    """Compare what the endpoints, and the model directories where there are any, say of themselves."""
-    checks = [
-        same("engine version", "version", a.facts.get("version"), b.facts.get("version")),
-        same("context length", "max_model_len", a.facts.get("max_model_len"), b.facts.get("max_model_len")),
+def before(a: Mapping[str, Any], b: Mapping[str, Any], directories: tuple[Path, Path] | None) -> list[Check]:
+    """Compare what the endpoints say of themselves (`endpoint.describe`), and the model directories, if any."""
+    return [
+        same("engine", "engine, precision and slots", a.get("engine"), b.get("engine")),
+        same("engine version", "version", a.get("version"), b.get("version")),
+        same("context length", "max_model_len", a.get("max_model_len"), b.get("max_model_len")),
+        same("KV budget", "KV cache", a.get("kv_cache"), b.get("kv_cache")),
         _precision(directories),
-        _kv_budget(a, b),
-        _threads(a, b),
     ]
-    return checks
 
 
 def _precision(directories: tuple[Path, Path] | None) -> Check:
@@ -62,15 +61,8 @@ def _precision(directories: tuple[Path, Path] | None) -> Check:
     return Check(name, "ok", f"{dtype} weights, the same widths and no difference in quantisation")
 
 
-def _kv_budget(a: Endpoint, b: Endpoint) -> Check:
-    """vLLM and the ONNX engine state the cache's size as labels of `vllm:cache_config_info`."""
-    x, y = a.facts.get("kv_cache"), b.facts.get("kv_cache")
-    # A pruned model's blocks are smaller, so a fixed budget holds more of them: a real gain, but not of
-    # latency.
-    return same("KV budget", "KV cache", x, y, otherwise="warning")
-
-
-def _threads(a: Endpoint, b: Endpoint) -> Check:
+def threads(a: Endpoint, b: Endpoint) -> Check:
+    """Compare the cores and threads of two servers that were started here and are both up."""
     name = "threads and devices"
     if a.process is None or b.process is None:
         return Check(name, "skipped", "the arms were not started here")

@@ -52,7 +52,7 @@ class Values:
 
     def __init__(self, rounds: Sequence[np.ndarray]) -> None:
         self.num_rounds = len(rounds)
-        self.counts = np.array([len(values) for values in rounds])
+        self.counts = np.array([len(values) for values in rounds], dtype=int)
         self.sums = np.array([float(values.sum()) for values in rounds])
         pooled = np.concatenate(rounds) if rounds else np.empty(0)
         order = np.argsort(pooled, kind="stable")

@@ -13,6 +13,7 @@ comparison would be blind.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import shutil
@@ -205,7 +206,8 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
         warnings.simplefilter("ignore")
         known = set(chosen().to_dict()) | set(chosen.attribute_map)
     fields = {name: value for name, value in SMALL.items() if name in known and name not in chosen.attribute_map}
-    return chosen(**(fields | SPECIAL.get(model_type, {}) | overrides))
+    # A config may edit the lists that it is given.
+    return chosen(**copy.deepcopy(fields | SPECIAL.get(model_type, {}) | overrides))
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
@@ -319,7 +321,7 @@ def load(directory: Path) -> PreTrainedModel:
 def greedy(model: PreTrainedModel, input_ids: torch.Tensor, use_cache: bool = True) -> torch.Tensor:
     mask = torch.ones_like(input_ids)
     return model.generate(
-        input_ids, attention_mask=mask, max_new_tokens=8, min_new_tokens=8, do_sample=False, use_cache=use_cache
+        input_ids, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False, use_cache=use_cache
     )
 
 

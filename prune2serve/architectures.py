@@ -93,13 +93,17 @@ def expand(config: Mapping[str, Any]) -> PreTrainedConfig:
 
 def decoder_config(config: PreTrainedConfig) -> tuple[tuple[str, ...], PreTrainedConfig]:
     """Return the decoder's part of a config and the keys that lead to it."""
+    from transformers import PreTrainedConfig
+
     if config.is_encoder_decoder:
         refuse_family(config.model_type, True)
     decoder = config.get_text_config(decoder=True)
     path = () if decoder is config else tuple(name for name, value in vars(config).items() if value is decoder)
     if decoder is not config:
-        if len(path) != 1:
-            raise UnsupportedArchitectureError(f"{config.model_type}: its decoder config lies deeper than one level")
+        if len(path) != 1 or not isinstance(decoder, PreTrainedConfig):
+            raise UnsupportedArchitectureError(
+                f"{config.model_type}: expected its decoder's config at the top or one level below"
+            )
         if decoder.model_type in REFUSED:
             refuse_family(decoder.model_type, False)
     return path, decoder

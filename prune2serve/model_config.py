@@ -39,7 +39,7 @@ def prune_config(config: Mapping[str, Any], architecture: Architecture, kept: Se
         if name in part or name == architecture.count_field:
             part[name] = len(kept)
     part.update(changes)
-    for holder in (pruned, part):
+    for holder in (pruned,) if part is pruned else (pruned, part):
         if isinstance(holder.get("quantization_config"), dict):
             holder["quantization_config"] = _rename_layers(holder["quantization_config"], architecture, kept)
     _verify(pruned, architecture, kept)

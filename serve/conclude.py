@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from prune2serve.progress import say
+from prune2serve.records import Check, Comparison
 from prune2serve.serve import rows
 from prune2serve.serve.compare import Plan, Run
 from prune2serve.serve.design import ARMS
 from prune2serve.serve.environment import environment
 from prune2serve.serve.ideal import Ideal, attribute, ideal_ratios
-
-from prune2serve.progress import say
-from prune2serve.records import Check, Comparison
 
 
 def comparison_of(plan: Plan, made: Run, floor: Comparison | None = None) -> Comparison:
@@ -31,6 +30,8 @@ def comparison_of(plan: Plan, made: Run, floor: Comparison | None = None) -> Com
     parts = {
         arm: _with_queue(rows.mean_parts(r), made.counters.get(arm, {})) for arm, r in zip(ARMS, (a, b), strict=True)
     }
+    by_metric = {row.metric: row.interval for row in table}
+    intervals = {"prefill": by_metric.get("mean_ttft"), "decode": by_metric.get("mean_tpot")}
     comparison = Comparison(
         baseline=made.names.get("baseline", "baseline"),
         candidate=made.names.get("candidate", "candidate"),
@@ -38,7 +39,7 @@ def comparison_of(plan: Plan, made: Run, floor: Comparison | None = None) -> Com
         ideal_ratio=ideal.decode if ideal else None,
         settings=_settings(plan, made, len(a)),
         checks=tuple(made.checks),
-        attribution=attribute(ideal, parts["baseline"], parts["candidate"]) if ideal else {},
+        attribution=attribute(ideal, *parts.values(), intervals) if ideal else {},
         noise_floor=floor.rows if floor else (),
         environment=environment(),
         requests=tuple(made.traces),

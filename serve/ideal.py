@@ -125,16 +125,16 @@ def attribute(
     ideal: Ideal,
     baseline: dict[str, float],
     candidate: dict[str, float],
+    intervals: dict[str, tuple[float, float] | None] | None = None,
 ) -> dict[str, Any]:
     """Split a request's mean time into parts and say how each fell short of its ideal.
 
-    Both arms are {part: mean ms a request}: `queue` (waiting in the server, where it reports that), `prefill`
-    (TTFT without queue), `decode` (E2E - TTFT). A part's own ratio against its ideal says how well that part
-    scaled.
+    Both arms are {part: mean ms a request}: `queue` (waiting in the server, where it reports that), `prefill` (TTFT
+    without queue), `decode` (E2E - TTFT). A part's own ratio against its ideal says how well that part scaled.
 
-    The time that did not shrink is split by the model time = fixed + scaling: with the ideal ratio r of a
-    part and its measured times a and b, the scaling time is (a - b) / (1 - r) and the rest of a, never below
-    0, is overhead that no removed layer can save (launch costs, tokenizer, HTTP, sampling).
+    What did not shrink follows from time = fixed + scaling: with the ideal ratio r of a part and its measured ratio m,
+    the share 1 - (1 - m) / (1 - r) of the baseline's time is overhead that no removed layer can save (launch costs,
+    tokenizer, HTTP, sampling). `intervals` are the 95% intervals of m; they give the overhead's.
     """
     ideals = {"prefill": ideal.prefill, "decode": ideal.decode}
     parts: dict[str, Any] = {}
@@ -143,10 +143,12 @@ def attribute(
             continue
         a, b = baseline[part], candidate[part]
         entry: dict[str, Any] = {"baseline_ms": a, "candidate_ms": b, "ratio": b / a if a > 0 else None}
-        if part in ideals:
-            entry["ideal_ratio"] = ideals[part]
-            if ideals[part] < 1 and a > 0:
-                entry["overhead_ms"] = max(0.0, a - (a - b) / (1 - ideals[part]))
+        if part in ideals and a > 0:
+            entry["ideal_ratio"] = r = ideals[part]
+            bounds = (intervals or {}).get(part)
+            if r < 1:
+                entry["overhead_ms"] = _overhead(a, b / a, r)
+                entry["overhead_interval_ms"] = [_overhead(a, m, r) for m in bounds] if bounds else None
         parts[part] = entry
     total_a = sum(entry["baseline_ms"] for entry in parts.values())
     total_b = sum(entry["candidate_ms"] for entry in parts.values())
@@ -160,3 +162,8 @@ def attribute(
         "request_ratio": total_b / total_a if total_a > 0 else None,
         "request_ideal_ratio": scaled / total_a if total_a > 0 else None,
     }
+
+
+def _overhead(baseline_ms: float, ratio: float, ideal_ratio: float) -> float:
+    """Return the fixed part, between nothing and everything."""
+    return baseline_ms * min(max(1 - (1 - ratio) / (1 - ideal_ratio), 0.0), 1.0)

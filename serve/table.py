@@ -90,7 +90,8 @@ def attribution_lines(comparison: Comparison) -> list[str]:
         text = f"  {name:8} {number(part['baseline_ms'])} -> {number(part['candidate_ms'])} ms a request"
         if part.get("ratio") is not None and "ideal_ratio" in part:
             text += f", ratio {part['ratio']:.3f}, ideal {part['ideal_ratio']:.3f}"
-        if (part.get("overhead_ms") or 0) > 0.01 * part["baseline_ms"]:
-            text += f"; about {number(part['overhead_ms'])} ms of it do not shrink with the layers"
+        if part.get("overhead_interval_ms"):
+            low, high = part["overhead_interval_ms"]
+            text += "; as ideal, within noise" if low <= 0 else f"; {number(low)} to {number(high)} ms do not shrink"
         lines.append(text)
     return lines

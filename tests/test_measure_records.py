@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prune2serve.serve import gates, ideal, interchange, preflight, rows, table
-from prune2serve.serve.metrics import Slo
 
 from prune2serve.errors import GateFailedError, Prune2ServeError
 from prune2serve.records import Comparison, ComparisonRow, RequestTrace
+from prune2serve.serve import gates, ideal, interchange, preflight, rows, table
+from prune2serve.serve.metrics import Slo
 
 MS = 1_000_000
 

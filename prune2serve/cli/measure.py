@@ -55,8 +55,8 @@ POSITIVE = click.FloatRange(0, min_open=True)
 @click.option("--slo", help="Goodput: ttft=MS,tpot=MS,e2e=MS.")
 @click.option("--rounds", type=click.IntRange(2), help="Stop after so many rounds.")
 @click.option("--precision-target", type=POSITIVE, default=0.02, show_default=True, help="Stop at this half width.")
-@click.option("--time-limit", type=POSITIVE, default=110.0, show_default=True, help="Seconds of measuring.")
-@click.option("--quick", is_flag=True, help="About 20 seconds of measuring: a first impression.")
+@click.option("--time-limit", type=POSITIVE, default=90.0, show_default=True, help="Seconds of measuring.")
+@click.option("--quick", is_flag=True, help="About 15 seconds of measuring: a first impression.")
 @click.option("--noise-floor", is_flag=True, help="Measure the baseline against itself too, by the same design.")
 @click.option("--plan", "only_plan", type=POSITIVE, metavar="EFFECT", help="Say how long finding EFFECT takes (0.05).")
 @click.option("--resident", type=click.Choice(["auto", "both", "one"]), default="auto", show_default=True)
@@ -146,7 +146,7 @@ def _plan(options: dict[str, Any], arms: Arms) -> Plan:
 
     resident = options["resident"]
     both = fits_twice(arms.directories, options["engine"]) if resident == "auto" else resident == "both"
-    limit = 20.0 if options["quick"] else options["time_limit"]
+    limit = 15.0 if options["quick"] else options["time_limit"]
     return Plan(
         start=arms.start,
         workload=_workload(options, arms),

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+
 from prune2serve.serve import client, design, statistics
 from prune2serve.serve.statistics import Values
 from prune2serve.serve.workload import Request

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prune2serve.serve.design import Arm
-from prune2serve.serve.endpoint import Endpoint, attach, directory_arguments, start
-from prune2serve.serve.ideal import ModelCost, cost_of
-
 from prune2serve.errors import Prune2ServeError
 from prune2serve.paths import MANIFEST_NAME
 from prune2serve.progress import say
 from prune2serve.records import Manifest
+from prune2serve.serve.design import Arm
+from prune2serve.serve.endpoint import Endpoint, attach, directory_arguments, start
+from prune2serve.serve.ideal import ModelCost, cost_of
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from prune2serve.errors import Prune2ServeError
+from prune2serve.progress import Task, task
+from prune2serve.records import Check, RequestTrace
 from prune2serve.serve import client, preflight, rows
 from prune2serve.serve.client import Outcome, Target
 from prune2serve.serve.design import ARMS, CONFIRMING_ROUNDS, Arm, Period, StoppingRule, periods_of_round
@@ -20,10 +24,6 @@ from prune2serve.serve.endpoint import Endpoint, counters, describe
 from prune2serve.serve.ideal import ModelCost
 from prune2serve.serve.metrics import Slo
 from prune2serve.serve.workload import Workload, requests_for
-
-from prune2serve.errors import Prune2ServeError
-from prune2serve.progress import Task, task
-from prune2serve.records import Check, RequestTrace
 
 if TYPE_CHECKING:
     import aiohttp

@@ -91,7 +91,10 @@ def _wait_ready(endpoint: Endpoint, label: str) -> None:
         if found:
             endpoint.name, endpoint.url = found["name"], found["url"].rstrip("/").removesuffix("/v1")
             endpoint.engine = found["engine"]
-            return
+            # The line may come a moment before the socket listens.
+            with suppress(Prune2ServeError):
+                get_text(endpoint, "/health")
+                return
         if endpoint.process.poll() is not None:
             last = next((line for line in reversed(text.splitlines()) if line.strip()), "no output")
             raise Prune2ServeError(

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from prune2serve.serve import metrics
 
 from prune2serve.errors import Prune2ServeError
 from prune2serve.records import Comparison, RequestTrace
+from prune2serve.serve import metrics
 
 PERCENTILES = (50, 90, 95, 99)
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from prune2serve.records import Check, RequestTrace
 from prune2serve.serve import metrics
 from prune2serve.serve.design import ARMS
 from prune2serve.serve.endpoint import Endpoint
-
-from prune2serve.records import Check, RequestTrace
 
 MAX_DRIFT = 0.05
 MAX_LAG_SHARE = 0.1

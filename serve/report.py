@@ -6,11 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-from prune2serve.serve import charts, metrics, rows
-from prune2serve.serve.table import label, number
-
 from prune2serve import __version__
 from prune2serve.records import Comparison, ComparisonRow, Manifest
+from prune2serve.serve import charts, metrics, rows
+from prune2serve.serve.table import label, number
 
 TEMPLATES = Path(__file__).parent / "templates"
 LATENCY_NAMES = {

@@ -8,12 +8,12 @@ from dataclasses import replace
 from math import log
 
 import numpy as np
+
+from prune2serve.records import ComparisonRow, RequestTrace
 from prune2serve.serve import metrics, statistics
 from prune2serve.serve.ideal import Ideal
 from prune2serve.serve.metrics import Slo
 from prune2serve.serve.statistics import Estimate, Values
-
-from prune2serve.records import ComparisonRow, RequestTrace
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
 WATCHED = ("mean_ttft", "mean_tpot", "output_throughput")

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from prune2serve.serve.prompts import Fitter
 
 from prune2serve.errors import Prune2ServeError
+from prune2serve.serve.prompts import Fitter
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from prune2serve.serve import client
 from prune2serve.serve.workload import Arrival, Lengths, Request, Workload, requests_for
 

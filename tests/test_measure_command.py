@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from prune2serve.serve import report
 
 from prune2serve.records import Comparison, Manifest, PruningPlan
+from prune2serve.serve import report
 
 MOCK = Path(__file__).with_name("mock_endpoint.py")
 

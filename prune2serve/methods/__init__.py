@@ -7,6 +7,7 @@ from prune2serve.methods import (
     angular,
     baselines,
     block_influence,
+    perplexity,
     relative_magnitude,
     simdiff,
 )
@@ -17,6 +18,7 @@ SELECTORS: dict[str, Selector] = {
     "simdiff": simdiff.select,
     "block-influence": block_influence.select,
     "angular": angular.select,
+    "perplexity": perplexity.select,
     "relative-magnitude": relative_magnitude.select,
     "last": baselines.select_last,
     "random": baselines.select_random,

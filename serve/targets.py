@@ -32,21 +32,18 @@ def choose_target(directory: Path, *, baseline: bool = False, force: bool = Fals
 
     if not directory.is_dir():
         raise Prune2ServeError(
-            f"no model directory at {directory}: run `prune2serve build` first, or name one: prune2serve "
-            "serve DIR"
+            f"no model directory at {directory}: run `prune2serve build` first, or name one: prune2serve serve DIR"
         )
     manifest_file = directory / MANIFEST_NAME
     if not manifest_file.is_file():
         if baseline:
-            raise Prune2ServeError(
-                f"{directory} has no {MANIFEST_NAME}, so no parent is known: drop --baseline"
-            )
+            raise Prune2ServeError(f"{directory} has no {MANIFEST_NAME}, so no parent is known: drop --baseline")
         checkpoint = open_checkpoint(str(directory))
         return Target(checkpoint.path, checkpoint.path.resolve().name)
     manifest = Manifest.from_json(manifest_file.read_bytes(), origin=str(manifest_file))
-    name = _parent_name(manifest)
+    _, base_name, name = arm_names(manifest)
     if baseline:
-        return Target(open_checkpoint(manifest.model, revision=manifest.revision).path, f"{name}@base")
+        return Target(open_checkpoint(manifest.model, revision=manifest.revision).path, base_name)
     if manifest.quality is not None and manifest.quality.verdict == "collapsed" and not force:
         why = f" ({'; '.join(manifest.quality.reasons)})" if manifest.quality.reasons else ""
         raise Prune2ServeError(
@@ -55,7 +52,7 @@ def choose_target(directory: Path, *, baseline: bool = False, force: bool = Fals
             "all the same with --force"
         )
     open_checkpoint(str(directory))
-    return Target(directory, f"{name}@pruned-{len(manifest.plan.kept)}L")
+    return Target(directory, name)
 
 
 def choose_engine(asked: str, vllm_python: str | None) -> str:
@@ -77,11 +74,7 @@ def choose_device(asked: str) -> str:
         import onnxruntime
     except ImportError:
         return "cpu"
-    return (
-        "cuda"
-        if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and cuda_is_there()
-        else "cpu"
-    )
+    return "cuda" if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and cuda_is_there() else "cpu"
 
 
 def cuda_is_there() -> bool:
@@ -89,6 +82,12 @@ def cuda_is_there() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def arm_names(manifest: Manifest) -> tuple[str, str, str]:
+    """Return the parent's own name, and the served names of the parent and of the build."""
+    name = _parent_name(manifest)
+    return name, f"{name}@base", f"{name}@pruned-{len(manifest.plan.kept)}L"
 
 
 def _parent_name(manifest: Manifest) -> str:

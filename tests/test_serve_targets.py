@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from prune2serve.serve.engine import ServerProcess, free_port
-from prune2serve.serve.targets import choose_target
-from prune2serve.serve.vllm_engine import VllmSettings, find_vllm_python, make_vllm, vllm_command, vllm_environment
 from serve_fixtures import make_model, sample_model, serve_cache, tiny_model  # noqa: F401
 
 from prune2serve.errors import Prune2ServeError
 from prune2serve.records import Manifest, Perplexity, PruningPlan, QualityReport
+from prune2serve.serve.engine import ServerProcess, free_port
+from prune2serve.serve.targets import choose_target
+from prune2serve.serve.vllm_engine import VllmSettings, find_vllm_python, make_vllm, vllm_command, vllm_environment
 
 
 def make_build(directory: Path, parent: Path, verdict: str) -> Path:
@@ -207,3 +207,14 @@ def test_vllm_serves_a_build_for_real(sample_model, tmp_path, monkeypatch):
             answer = client.completions.create(model=model.id, prompt="The capital of France is", max_tokens=4)
         assert answer.usage.completion_tokens > 0
     assert server.poll() == 0
+
+
+def test_rollout_names_the_arms_like_serve_does(tmp_path, tiny_model):
+    from prune2serve.cli import group
+
+    build = make_build(tmp_path / "build", tiny_model, "ok")
+    arguments = ["rollout", str(build), "--output", str(tmp_path / "out"), "--json"]
+    result = CliRunner().invoke(group, arguments, catch_exceptions=False)
+    assert "litellm.yaml" in json.loads(result.stdout)["files"]
+    text = (tmp_path / "out" / "litellm.yaml").read_text()
+    assert "hosted_vllm/model@base" in text and "hosted_vllm/model@pruned-1L" in text

@@ -20,6 +20,7 @@ COMMANDS = {
     "export": "Export a directory to ONNX.",
     "serve": "Serve a build over an OpenAI-compatible endpoint.",
     "measure": "Compare latency and throughput, pruned against unpruned.",
+    "rollout": "Write the files that hand a build to gateways and clusters.",
     "doctor": "Say what this machine can run and what to install.",
 }
 """Command -> short help; prune2serve/cli/NAME.py holds `command`, imported only when it is called."""

@@ -185,6 +185,47 @@ class Perplexity(Record):
 
 
 @dataclass(frozen=True)
+class TaskMetric(Record):
+    """One accuracy of both models on the same items."""
+
+    parent: float
+    parent_standard_error: float
+    pruned: float
+    pruned_standard_error: float
+    difference: float
+    """pruned - parent."""
+    interval: tuple[float, float]
+    """95% interval of the difference, paired by item."""
+
+
+@dataclass(frozen=True)
+class Stability(Record):
+    """How many answers the pruning left as they were, weighted by how far apart the choices are."""
+
+    value: float
+    """sum_i w_i [parent right <=> pruned right], w = softmax(sigma); see `prune2serve.tasks.stability`."""
+    effective_items: float
+    """1 / sum_i w_i^2: how many items carry the weight."""
+    unchanged: float
+    """The same sum with equal weights."""
+
+
+@dataclass(frozen=True)
+class TaskResult(Record):
+    """A zero-shot task answered by both models."""
+
+    name: str
+    source: str
+    kind: Literal["multiple-choice", "continuation"]
+    num_items: int
+    chance: float
+    """Accuracy of guessing; 0 for a continuation."""
+    metrics: dict[str, TaskMetric]
+    """`acc`, and `acc_norm` of multiple choice; see `prune2serve.tasks`."""
+    stability: Stability | None = None
+
+
+@dataclass(frozen=True)
 class QualityReport(Record):
     """The pruned model beside its parent on the same text."""
 
@@ -201,8 +242,9 @@ class QualityReport(Record):
     """Fraction of positions where both models' most likely token is the same."""
     verdict: Literal["ok", "degraded", "collapsed"] | None = None
     reasons: tuple[str, ...] = ()
+    tasks: tuple[TaskResult, ...] = ()
     details: dict[str, Any] = field(default_factory=dict)
-    """Anything else that was measured: task accuracies, repetition, stability."""
+    """Anything else that was measured, such as `repetition`."""
 
 
 @dataclass(frozen=True)

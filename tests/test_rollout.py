@@ -65,7 +65,7 @@ def test_rays_own_schema_takes_the_file():
     from ray.serve.schema import ServeDeploySchema
 
     (config,) = loaded("ray-serve.yaml", accelerator="H100", num_gpus=8, num_nodes=2)
-    schema = ServeDeploySchema.model_validate(config)
+    schema = ServeDeploySchema(**config)
     assert schema.applications[0].import_path == "ray.serve.llm:build_openai_app"
 
 

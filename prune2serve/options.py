@@ -9,10 +9,12 @@ from pathlib import Path
 
 from prune2serve.calibration import SELF, Sizes
 from prune2serve.errors import Prune2ServeError
+from prune2serve.methods.base import SelectorOptions
 from prune2serve.models import SAMPLE
 from prune2serve.paths import DEFAULT_OUTPUT
 
 FORMATS = ("safetensors", "onnx")
+COMPENSATIONS = ("auto", "linear-fold", "none")
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,16 @@ class BuildOptions:
     """Layers the pruned model shall have."""
     remove: tuple[int, ...] | None = None
     method: str = "simdiff"
+    selector: SelectorOptions = field(default_factory=SelectorOptions)
     protect_first: int = 1
     protect_last: int = 1
     calibration: str = SELF
     sizes: Sizes = field(default_factory=Sizes)
+    refine: int = 0
+    """Layer sets that the local search after the selector may try."""
+    refine_seconds: float = float("inf")
+    compensate: str = "auto"
+    """auto, linear-fold or none."""
     text: Path | None = None
     """Report quality on this file instead of the calibration's report split."""
     text_windows: int | None = None
@@ -55,6 +63,12 @@ class BuildOptions:
         if self.surgery_only and self.remove is None:
             raise Prune2ServeError(
                 "--surgery-only scores nothing: name the layers with --remove, such as --remove 3,4,5"
+            )
+        if self.compensate not in COMPENSATIONS:
+            raise Prune2ServeError(f"no compensation {self.compensate!r}: choose among {', '.join(COMPENSATIONS)}")
+        if self.refine < 0 or not self.refine_seconds > 0:
+            raise Prune2ServeError(
+                "--refine counts layer sets and --refine-seconds is a time limit: give positive numbers"
             )
         unknown = [name for name in self.formats if name not in FORMATS]
         if unknown:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import resource
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from prune2serve import __version__, versions
 from prune2serve.architectures import Architecture, architecture_of
-from prune2serve.errors import Prune2ServeError
+from prune2serve.clock import Clock
 from prune2serve.export.checkpoint import hash_files, write_manifest, write_model_card
-from prune2serve.methods import check_method, select
-from prune2serve.methods.base import Selection, num_layers_to_remove
+from prune2serve.methods import check_method
 from prune2serve.models import open_checkpoint
 from prune2serve.options import BuildOptions
+from prune2serve.planning import make_plan
 from prune2serve.progress import say
-from prune2serve.records import Checkpoint, LayerScores, Manifest, PruningPlan, QualityReport
+from prune2serve.records import Checkpoint, Manifest, PruningPlan, QualityReport
 from prune2serve.stage_store import StageStore
 from prune2serve.staging import refuse_existing, staged_directory
 from prune2serve.surgery import write_pruned
@@ -42,7 +40,7 @@ def build(options: BuildOptions) -> Manifest:
         architecture = check_checkpoint(parent)
     bench = Workbench(parent, options)
     store = StageStore(options.selection_key(parent.fingerprint), resume=options.resume)
-    scores, plan = make_plan(bench, architecture, store, clock)
+    scores, plan = make_plan(bench, architecture.num_layers, store, clock)
     say(f"Removing layers {', '.join(map(str, plan.removed))} of {plan.num_layers} ({plan.method})")
     with staged_directory(options.output, force=options.force) as staging:
         with clock("surgery"):
@@ -53,7 +51,7 @@ def build(options: BuildOptions) -> Manifest:
             model=parent.source,
             revision=parent.revision,
             parent_fingerprint=parent.fingerprint,
-            plan=plan,
+            plan=portable(plan),
             scores=scores,
             files={},
             num_parameters={"parent": result.num_parameters_parent, "pruned": result.num_parameters_pruned},
@@ -73,7 +71,7 @@ def plan_only(options: BuildOptions) -> PruningPlan:
     parent = open_checkpoint(options.model, revision=options.revision)
     architecture = check_checkpoint(parent)
     store = StageStore(options.selection_key(parent.fingerprint), resume=options.resume)
-    return make_plan(Workbench(parent, options), architecture, store, Clock())[1]
+    return make_plan(Workbench(parent, options), architecture.num_layers, store, Clock())[1]
 
 
 def check_checkpoint(parent: Checkpoint) -> Architecture:
@@ -82,57 +80,6 @@ def check_checkpoint(parent: Checkpoint) -> Architecture:
     architecture = architecture_of(parent.config, index.entries)
     check_finite(index)
     return architecture
-
-
-def make_plan(
-    bench: Workbench, architecture: Architecture, store: StageStore, clock: Clock
-) -> tuple[LayerScores | None, PruningPlan]:
-    """Score the layers and select, or take the layers the user named."""
-    options = bench.options
-    if options.remove is not None:
-        return None, PruningPlan(architecture.num_layers, options.remove, "manual", why="named by the user")
-    num_remove = how_many(options, architecture.num_layers)
-    candidates = removable(options, architecture.num_layers)
-    scores = store.load("scores", LayerScores)
-    if scores is None:
-        with clock("calibration"):
-            bench.prepare_calibration()
-        with clock("scores"):
-            scores = score(bench)
-        store.save("scores", scores)
-    plan = store.load("plan", PruningPlan)
-    if plan is None:
-        with clock("selection"):
-            selection = Selection(scores, num_remove, candidates, options.seed, lambda: bench.search)
-            plan = select(options.method, selection)
-        store.save("plan", plan)
-    return scores, plan
-
-
-def score(bench: Workbench) -> LayerScores:
-    """One pass over the score split."""
-    from prune2serve.activations import score_layers
-
-    return score_layers(bench.model, bench.calibration.score)
-
-
-def how_many(options: BuildOptions, num_layers: int) -> int:
-    """Turn --ratio or --num-layers (25% when neither is given) into the number of layers to remove."""
-    if options.num_layers is None:
-        return num_layers_to_remove(0.25 if options.ratio is None else options.ratio, num_layers)
-    if not 0 < options.num_layers < num_layers:
-        raise Prune2ServeError(
-            f"--num-layers {options.num_layers} is not a shallower model: the parent has {num_layers}, give 1 to "
-            f"{num_layers - 1}"
-        )
-    return num_layers - options.num_layers
-
-
-def removable(options: BuildOptions, num_layers: int) -> tuple[int, ...]:
-    """The layers that are not protected."""
-    if options.protect_first < 0 or options.protect_last < 0:
-        raise Prune2ServeError("--protect-first and --protect-last count layers: give 0 or more")
-    return tuple(range(options.protect_first, num_layers - options.protect_last))
 
 
 def prove_and_measure(bench: Workbench, plan: PruningPlan, staging: Path, clock: Clock) -> dict[str, Any]:
@@ -160,6 +107,12 @@ def prove_and_measure(bench: Workbench, plan: PruningPlan, staging: Path, clock:
     }
 
 
+def portable(plan: PruningPlan) -> PruningPlan:
+    """The plan without this machine's paths: what a replacement's file held is in the weights now."""
+    named = tuple(replace(replacement, path=Path(replacement.path).name) for replacement in plan.replacements)
+    return replace(plan, replacements=named)
+
+
 def report_windows(bench: Workbench) -> Any:
     """`--text` where it is given, else the report split."""
     from prune2serve.calibration import text_windows
@@ -180,8 +133,6 @@ def gates(options: BuildOptions, quality: QualityReport) -> dict[str, Any]:
 
 def finish(manifest: Manifest, bench: Workbench, staging: Path, clock: Clock) -> Manifest:
     """Export to ONNX where asked, then write the model card and the manifest over everything there is."""
-    from dataclasses import replace
-
     if "onnx" in bench.options.formats:
         with clock("onnx"):
             manifest = replace(manifest, onnx=export_onnx(bench, staging))
@@ -205,18 +156,3 @@ def export_onnx(bench: Workbench, staging: Path) -> dict[str, Any]:
     result = check_parity(staging, ensure_onnx(staging, bench.options.precision, device))
     require_parity(result)
     return {bench.options.precision: result}
-
-
-class Clock:
-    """Wall seconds of each stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.monotonic() - start, 3)

@@ -63,7 +63,7 @@ def test_build_answers_in_json_and_leaves_a_stock_directory(tiny_model, tiny_tex
 
 
 def test_the_pruned_model_is_the_parent_without_those_layers(tiny_model, tiny_text, tmp_path):
-    build(tiny_model, tiny_text, tmp_path / "out", "--remove", "2,5-6")
+    build(tiny_model, tiny_text, tmp_path / "out", "--remove", "2,5-6", "--compensate", "none")
     parent = load_model(open_checkpoint(str(tiny_model)), dtype=torch.float32)
     pruned = load_model(open_checkpoint(str(tmp_path / "out")), dtype=torch.float32)
     ids = torch.arange(20)[None]
@@ -148,9 +148,22 @@ def test_resume_takes_up_finished_stages(tiny_model, tiny_text, tmp_path, monkey
         )  # fmt: skip
         assert result.exit_code != 0
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("prune2serve.pipeline.score", lambda _: pytest.fail("scored again"))
+    monkeypatch.setattr("prune2serve.planning.score", lambda _: pytest.fail("scored again"))
     build(tiny_model, tiny_text, tmp_path / "out", "--resume")
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_refine_and_fold_are_in_the_plan_and_the_reloaded_model(tiny_model, tiny_text, tmp_path):
+    answer = json.loads(
+        build(
+            tiny_model, tiny_text, tmp_path / "out", "--method", "last", "--refine", "5", "--compensate", "linear-fold"
+        )
+    )
+    assert answer["method"]["refinement"]["sets_tried"] <= 6
+    assert answer["method"]["compensation"]["kind"] == "linear-fold"
+    assert answer["reload_proof"]["max_logit_difference"] == 0.0
+    plan = read_manifest(tmp_path / "out").plan
+    assert plan.replacements and all("/" not in replacement.path for replacement in plan.replacements)
 
 
 def test_evaluate_repeats_what_build_measured(tiny_model, tiny_text, tmp_path):

@@ -65,6 +65,23 @@ def byte_size(text: str) -> int:
 @click.option("--num-layers", type=int, help="Decoder layers the pruned model shall have.")
 @click.option("--remove", metavar="LIST", help="Remove exactly these layers, such as 3,4,5 or 12-17,25.")
 @click.option("--method", default="simdiff", show_default=True, help="Selector.")
+@click.option("--refine", default=0, show_default=True, help="Layer sets a local search may try after the selector.")
+@click.option("--refine-seconds", default=float("inf"), help="Time limit of that search.")
+@click.option(
+    "--compensate",
+    default="auto",
+    show_default=True,
+    help="linear-fold, none, or auto: where it is valid and helps.",
+)
+@click.option(
+    "--merge-rule",
+    default="telescoped",
+    show_default=True,
+    help="How sliding-merge merges: telescoped, delta-sum or average.",
+)
+@click.option("--replacement", default="layer", show_default=True, help="What streamline trains: layer or mlp.")
+@click.option("--replacement-loss", default="mse", show_default=True, help="What streamline minimises: mse or llm-loss.")
+@click.option("--replacement-steps", default=96, show_default=True, help="Training steps of streamline.")
 @click.option("--protect-first", default=1, show_default=True, help="First layers that are never removed.")
 @click.option("--protect-last", default=1, show_default=True, help="Last layers that are never removed.")
 @click.option(
@@ -113,14 +130,18 @@ def command(
     """
     removed, shard_size = layer_list(remove), byte_size(max_shard_size)
     from prune2serve.calibration import Sizes
+    from prune2serve.methods.base import SelectorOptions
     from prune2serve.options import BuildOptions
     from prune2serve.pipeline import build, plan_only
     from prune2serve.progress import set_quiet
 
     set_quiet(quiet)
     sizes = Sizes(*(chosen.pop(name) for name in ("score_windows", "search_windows", "report_windows", "window")))
+    selector = SelectorOptions(
+        *(chosen.pop(name) for name in ("merge_rule", "replacement", "replacement_loss", "replacement_steps"))
+    )
     options = BuildOptions(
-        remove=removed, formats=tuple(formats.split(",")), max_shard_size=shard_size, sizes=sizes, **chosen
+        selector=selector, remove=removed, formats=tuple(formats.split(",")), max_shard_size=shard_size, sizes=sizes, **chosen
     )
     if dry_run:
         click.echo(plan_only(options).to_json(), nl=False)

@@ -44,7 +44,8 @@ def command(
     from prune2serve.calibration import Sizes
     from prune2serve.models import open_checkpoint
     from prune2serve.options import BuildOptions
-    from prune2serve.pipeline import check_checkpoint, score
+    from prune2serve.pipeline import check_checkpoint
+    from prune2serve.planning import score
     from prune2serve.progress import set_quiet
     from prune2serve.staging import refuse_existing, write_text
     from prune2serve.workbench import Workbench

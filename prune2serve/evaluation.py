@@ -33,12 +33,32 @@ class WindowSums:
     agree: torch.Tensor
 
 
+class TeacherLogits:
+    """Keeps the parent's logits of each window, [1, T - 1, V], as long as there is room; the rest is run again."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        self._room = budget_bytes
+        self._kept: dict[int, torch.Tensor] = {}
+
+    def __call__(self, index: int, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return the kept logits of window `index`, or compute them."""
+        if index in self._kept:
+            return self._kept[index]
+        logits = compute()
+        size = logits.numel() * logits.element_size()
+        if size <= self._room:
+            self._room -= size
+            self._kept[index] = logits.clone()
+        return logits
+
+
 def evaluate(
     parent: PreTrainedModel,
     pruned: PreTrainedModel,
     windows: CalibrationSet,
     *,
     as_pruned: Callable[[], AbstractContextManager[object]] = nullcontext,
+    teacher_logits: TeacherLogits | None = None,
     description: str = "Evaluating",
 ) -> QualityReport:
     """Run both models over the same windows.
@@ -46,11 +66,15 @@ def evaluate(
     Args:
         parent, pruned: may be the same object when `as_pruned` is a context that prunes it in memory.
         windows: [N, T]; padding is not predicted, nor is a window's first token.
+        teacher_logits: the parent's logits of these windows, kept from one pruned model to the next.
     """
     rows = []
     with torch.inference_mode():
-        for input_ids, mask in track(list(batches(windows, 1)), description):
-            teacher = next_token_logits(parent, input_ids, mask)
+        for index, (input_ids, mask) in enumerate(track(list(batches(windows, 1)), description)):
+            if teacher_logits is None:
+                teacher = next_token_logits(parent, input_ids, mask)
+            else:
+                teacher = teacher_logits(index, lambda ids=input_ids, m=mask: next_token_logits(parent, ids, m))
             with as_pruned():
                 student = next_token_logits(pruned, input_ids, mask)
             rows.append(_window_sums(teacher, student, input_ids, mask))

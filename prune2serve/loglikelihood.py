@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -220,7 +219,6 @@ def _forward(
     )
 
 
-@cache
 def _takes_positions(kind: type) -> bool:
     """Models with linear biases (BLOOM) know a position from the mask alone."""
     return "position_ids" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from prune2serve.methods import (
     perplexity,
     relative_magnitude,
     simdiff,
+    sliding_merge,
 )
 from prune2serve.methods.base import Selection, Selector
 from prune2serve.records import PruningPlan
@@ -19,6 +20,7 @@ SELECTORS: dict[str, Selector] = {
     "block-influence": block_influence.select,
     "angular": angular.select,
     "perplexity": perplexity.select,
+    "sliding-merge": sliding_merge.select,
     "relative-magnitude": relative_magnitude.select,
     "last": baselines.select_last,
     "random": baselines.select_random,

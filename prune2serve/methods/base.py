@@ -3,14 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from prune2serve.errors import Prune2ServeError
-from prune2serve.records import LayerScores, PruningPlan
+from prune2serve.records import LayerScores, MergeRule, PruningPlan
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from prune2serve.calibration import Calibration
     from prune2serve.layer_sets import LayerSetSearch
+
+ReplacementKind = Literal["layer", "mlp"]
+ReplacementLoss = Literal["mse", "llm-loss"]
+
+
+@dataclass(frozen=True)
+class SelectorOptions:
+    """Choices that only some selectors know."""
+
+    merge_rule: MergeRule = "telescoped"
+    """Of `sliding-merge`; see `prune2serve.merging`."""
+    replacement: ReplacementKind = "layer"
+    """Of `streamline`: a whole decoder layer, or one whose attention adds nothing."""
+    replacement_loss: ReplacementLoss = "mse"
+    replacement_steps: int = 96
+    """Training steps of `streamline`, one window each."""
+
+    def __post_init__(self) -> None:
+        known = {"merge_rule": MergeRule, "replacement": ReplacementKind, "replacement_loss": ReplacementLoss}
+        for name, kind in known.items():
+            if getattr(self, name) not in get_args(kind):
+                raise Prune2ServeError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)!r}: choose among {', '.join(get_args(kind))}"
+                )
+        if self.replacement_steps < 0:
+            raise Prune2ServeError(f"--replacement-steps is {self.replacement_steps}: give 0 or more")
 
 
 @dataclass(frozen=True)
@@ -24,6 +54,13 @@ class Selection:
     seed: int
     search: Callable[[], LayerSetSearch]
     """Gives perplexity and KL of layer sets on the search split; built when a selector first asks for it."""
+    model: Callable[[], PreTrainedModel] | None = None
+    """Gives the parent."""
+    calibration: Callable[[], Calibration] | None = None
+    """Gives the splits; selectors look at `score` and `search` only."""
+    work: Path | None = None
+    """Where a selector may leave files that its plan names, such as a trained layer's weights."""
+    options: SelectorOptions = field(default_factory=SelectorOptions)
 
     def __post_init__(self) -> None:
         if self.num_remove > len(self.candidates):

@@ -141,6 +141,6 @@ def _vllm(named: str | None, has_gpu: bool) -> EngineStatus:
     if version is not None:
         where = "this environment" if python == sys.executable else python
         return EngineStatus("vllm", True, f"{version} in {where}")
-    fix = "pip install 'prune2serve[vllm]'" if has_gpu else "make .venv-vllm"
+    fix = "pip install 'prune2serve[vllm]'" if has_gpu else "make venv-vllm"
     why = f"{python} has no vllm" if python else f"no .venv-vllm, no --vllm-python, no {PYTHON_VARIABLE}"
     return EngineStatus("vllm", False, why, fix)

@@ -76,9 +76,7 @@ class ServerProcess:
             )
         except OSError as error:
             self._log.close()
-            raise Prune2ServeError(
-                f"cannot start {self.name}: {self._command[0]}: {error.strerror}"
-            ) from None
+            raise Prune2ServeError(f"cannot start {self.name}: {self._command[0]}: {error.strerror}") from None
 
     def wait_ready(self, timeout_s: float = READY_TIMEOUT_S) -> None:
         """Return once /health answers 200.
@@ -91,8 +89,7 @@ class ServerProcess:
             self.check_alive()
             if time.monotonic() > deadline:
                 raise Prune2ServeError(
-                    f"{self.name} was not ready within {timeout_s:g} s; the end of "
-                    f"{self.log_file}:\n{self.log_tail()}"
+                    f"{self.name} was not ready within {timeout_s:g} s; the end of {self.log_file}:\n{self.log_tail()}"
                 )
             time.sleep(0.2)
 
@@ -109,6 +106,13 @@ class ServerProcess:
         if self._process is None:
             raise Prune2ServeError(f"{self.name} has not been started")
         return self._process.poll()
+
+    @property
+    def pid(self) -> int:
+        """The child's process id, also its group's."""
+        self.poll()
+        assert self._process is not None
+        return self._process.pid
 
     def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int | None:
         """Ask the child to end, then end its whole group; nothing of it is left. Return its exit status."""

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from prune2serve import __version__
 from prune2serve.serve import openai_format as fmt
 from prune2serve.serve.exposition import CONTENT_TYPE
 from prune2serve.serve.generation import Delta, SamplingParams
@@ -21,19 +29,10 @@ from prune2serve.serve.http_guard import (
     on_disconnect,
     on_http_error,
     read_body,
-    until_disconnected,
+    unless_gone,
 )
 from prune2serve.serve.ort_service import DEFAULT_COMPLETION_TOKENS, Service
 from prune2serve.serve.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
-from pydantic import ValidationError
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
-
-from prune2serve import __version__
 
 R = TypeVar("R", bound=GenerationRequest)
 
@@ -104,9 +103,7 @@ class _Face:
         max_tokens = default if asked.max_tokens is None else asked.max_tokens
         if max_tokens == 0 and not asked.echo:
             raise ApiError(400, "max_tokens 0 is only allowed with echo: true", param="max_tokens")
-        params = service.sampling(
-            asked, prompts, max_tokens, asked.logprobs, asked.logprobs if asked.echo else None
-        )
+        params = service.sampling(asked, prompts, max_tokens, asked.logprobs, asked.logprobs if asked.echo else None)
         answer = fmt.Answer.new("text_completion", asked.model or service.names[0], service.text.token_text)
         offsets: dict[int, int] = {}
 
@@ -116,12 +113,10 @@ class _Face:
             return fmt.completion_chunk(answer, index, delta, logprobs=asked.logprobs, offset=offset)
 
         if asked.stream:
-            return EventStream(await self._stream(asked, prompts, params, answer, chunk, opening=None))
+            return EventStream(await self._stream(request, asked, prompts, params, answer, chunk, opening=None))
         choices = await self._gather(request, asked, prompts, params)
         return JSONResponse(
-            fmt.completion(
-                answer, choices, _prompt_tokens(prompts), logprobs=asked.logprobs, echo=bool(asked.echo)
-            )
+            fmt.completion(answer, choices, _prompt_tokens(prompts), logprobs=asked.logprobs, echo=bool(asked.echo))
         )
 
     async def chat(self, request: Request) -> Response:
@@ -137,7 +132,7 @@ class _Face:
             return fmt.chat_chunk(answer, index, delta, logprobs=bool(asked.logprobs))
 
         if asked.stream:
-            return EventStream(await self._stream(asked, prompts, params, answer, chunk, opening=chunk))
+            return EventStream(await self._stream(request, asked, prompts, params, answer, chunk, opening=chunk))
         choices = await self._gather(request, asked, prompts, params)
         return JSONResponse(fmt.chat(answer, choices, _prompt_tokens(prompts), logprobs=bool(asked.logprobs)))
 
@@ -158,20 +153,12 @@ class _Face:
                 async for index, delta in deltas:
                     choices[index].add(delta)
 
-        work, gone = asyncio.create_task(collect()), asyncio.create_task(until_disconnected(request))
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise ClientDisconnect
-            await work
-        finally:
-            for task in (work, gone):
-                task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+        await unless_gone(request, collect())
         return choices
 
     async def _stream(
         self,
+        request: Request,
         asked: GenerationRequest,
         prompts: list[list[int]],
         params: SamplingParams,
@@ -183,7 +170,7 @@ class _Face:
         status."""
         deltas = self._service.generate(prompts, params, asked.n or 1)
         try:
-            first = await anext(deltas)
+            first = await unless_gone(request, anext(deltas))
         except BaseException:
             await deltas.aclose()
             raise

@@ -125,7 +125,7 @@ def make_vllm(settings: VllmSettings) -> ServerProcess:
     if python is None or vllm_version(python) is None:
         where = f"{python} has no vllm" if python else "no Python with vllm was found"
         raise Prune2ServeError(
-            f"{where}: pip install 'prune2serve[vllm]' on a GPU host; for CPU `make .venv-vllm`, or name "
+            f"{where}: pip install 'prune2serve[vllm]' on a GPU host; for CPU `make venv-vllm`, or name "
             "another "
             f"environment's Python with --vllm-python or {PYTHON_VARIABLE}"
         )

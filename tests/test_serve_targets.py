@@ -196,7 +196,7 @@ def test_vllm_serves_a_build_for_real(sample_model, tmp_path, monkeypatch):
     openai = pytest.importorskip("openai")
     python = find_vllm_python()
     if python is None:
-        pytest.skip("no Python with vLLM: make .venv-vllm, or set PRUNE2SERVE_VLLM_PYTHON")
+        pytest.skip("no Python with vLLM: make venv-vllm, or set PRUNE2SERVE_VLLM_PYTHON")
     from prune2serve.serve.engine import served
 
     flags = [str(sample_model), "--engine", "vllm", "--vllm-python", python, "--max-model-len", "512"]

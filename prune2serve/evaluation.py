@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,10 +72,8 @@ def evaluate(
     rows = []
     with torch.inference_mode():
         for index, (input_ids, mask) in enumerate(track(list(batches(windows, 1)), description)):
-            if teacher_logits is None:
-                teacher = next_token_logits(parent, input_ids, mask)
-            else:
-                teacher = teacher_logits(index, lambda ids=input_ids, m=mask: next_token_logits(parent, ids, m))
+            compute = partial(next_token_logits, parent, input_ids, mask)
+            teacher = compute() if teacher_logits is None else teacher_logits(index, compute)
             with as_pruned():
                 student = next_token_logits(pruned, input_ids, mask)
             rows.append(_window_sums(teacher, student, input_ids, mask))

@@ -22,8 +22,9 @@ from prune2serve.task_files import Item, Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BATCH_TOKENS = 2048
-"""Padded tokens of one forward pass: enough to fill a processor; a pass of one item may be longer."""
+BATCH_TOKENS = {"cpu": 256, "other": 8192}
+"""Padded tokens of one forward pass by device: enough to fill it, and no more, since a larger batch is padded more.
+A pass of one item may be longer."""
 BATCH_LOGITS = 2**27
 """Logits of one forward pass (half a gigabyte in float32)."""
 
@@ -95,24 +96,21 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool 
 
 
 def score_items(model: PreTrainedModel, items: Sequence[EncodedItem], description: str = "Scoring") -> list[ItemScore]:
-    """Score every choice of every item, in the items' order; longest first, so that memory peaks at once.
+    """Score every choice of every item, in the items' order.
 
     A sequence longer than the model's positions loses tokens at its start.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    vocabulary = model.config.get_text_config().vocab_size
     shared = [i for i, item in enumerate(items) if _may_share(item, limit)]
     apart = [(i, j) for i in sorted(set(range(len(items))) - set(shared)) for j in range(len(items[i].choices))]
     found: dict[tuple[int, int], tuple[float, bool]] = {}
     with torch.inference_mode(), bar(description, sum(len(item.choices) for item in items)) as progress:
-        for batch in _batches([_shared_shape(i, items[i]) for i in shared], vocabulary):
+        for batch in _batches([_shared_shape(i, items[i]) for i in shared], model):
             keys = [(i, j) for i in batch for j in range(len(items[i].choices))]
             found |= zip(keys, _score_shared(model, [items[i] for i in batch]), strict=True)
             progress.advance(len(keys))
         rows = [_row(items[i].context, items[i].choices[j], limit) for i, j in apart]
-        for batch in _batches(
-            [_Shape(k, len(row), 1, len(choice)) for k, (row, choice) in enumerate(rows)], vocabulary
-        ):
+        for batch in _batches([_Shape(k, len(row), 1, len(choice)) for k, (row, choice) in enumerate(rows)], model):
             found |= zip([apart[k] for k in batch], _score_rows(model, [rows[k] for k in batch]), strict=True)
             progress.advance(len(batch))
     return [
@@ -140,19 +138,33 @@ def _shared_shape(index: int, item: EncodedItem) -> _Shape:
     return _Shape(index, len(item.context) - 1, len(item.choices), max(map(len, item.choices)))
 
 
-def _batches(shapes: Sequence[_Shape], vocabulary: int) -> Iterator[list[int]]:
-    """Yield the indices of neighbours in length whose padded passes fit the limits."""
-    batch: list[_Shape] = []
-    for shape in sorted(shapes, key=lambda shape: (shape.context, shape.step), reverse=True):
-        grown = [*batch, shape]
-        logits = sum(s.rows for s in grown) * max(s.step for s in grown)
-        tokens = max(logits, len(grown) * max(s.context for s in grown))
-        if batch and (tokens > BATCH_TOKENS or logits * vocabulary > BATCH_LOGITS):
-            yield [s.index for s in batch]
-            grown = [shape]
-        batch = grown
-    if batch:
-        yield [s.index for s in batch]
+def _batches(shapes: Sequence[_Shape], model: PreTrainedModel) -> list[list[int]]:
+    """Indices of neighbours in length whose padded passes fit the limits, in the order that pads least."""
+    orders = [
+        sorted(shapes, key=key, reverse=True)
+        for key in (lambda s: (s.context, s.step), lambda s: (s.step, s.context), lambda s: s.context + s.rows * s.step)
+    ]
+    cut = [_cut(order, model) for order in orders]
+    best = min(cut, key=lambda batches: sum(sum(_padded_sizes(batch)) for batch in batches))
+    return [[shape.index for shape in batch] for batch in best]
+
+
+def _cut(order: Sequence[_Shape], model: PreTrainedModel) -> list[list[_Shape]]:
+    most = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["other"])
+    vocabulary = model.config.get_text_config().vocab_size
+    batches: list[list[_Shape]] = []
+    for shape in order:
+        context, choices = _padded_sizes([*batches[-1], shape]) if batches else (0, 0)
+        if not batches or max(context, choices) > most or choices * vocabulary > BATCH_LOGITS:
+            batches.append([])
+        batches[-1].append(shape)
+    return batches
+
+
+def _padded_sizes(batch: Sequence[_Shape]) -> tuple[int, int]:
+    """Tokens of the pass over the contexts, and of the pass over the choices."""
+    contexts = len(batch) * max(shape.context for shape in batch)
+    return contexts, sum(shape.rows for shape in batch) * max(shape.step for shape in batch)
 
 
 def _score_shared(model: PreTrainedModel, items: Sequence[EncodedItem]) -> Iterator[tuple[float, bool]]:

@@ -65,14 +65,17 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
 def compare_repetition(
     tokenizer: PreTrainedTokenizerBase, parent: Sequence[Sequence[int]], pruned: Sequence[Sequence[int]]
 ) -> Repetition:
-    prompts = prompt_ids(tokenizer).tolist()
+    prompts: list[list[int]] = prompt_ids(tokenizer).tolist()
     return Repetition(
         parent=distinct_share(parent),
         pruned=distinct_share(pruned),
         num_tokens={"parent": sum(map(len, parent)), "pruned": sum(map(len, pruned))},
         continuations=tuple(
-            {"prompt": tokenizer.decode(p), "parent": tokenizer.decode(a), "pruned": tokenizer.decode(b)}
-            for p, a, b in zip(prompts, parent, pruned, strict=True)
+            {
+                name: str(tokenizer.decode(list(ids)))
+                for name, ids in zip(("prompt", "parent", "pruned"), row, strict=True)
+            }
+            for row in zip(prompts, parent, pruned, strict=True)
         ),
     )
 

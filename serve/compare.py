@@ -6,8 +6,11 @@ Plan (arms, workload, stopping rule) -> Run (traces, what was observed) -> Compa
 from __future__ import annotations
 
 import asyncio
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,21 +75,23 @@ class Pair:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._up: dict[Arm, Endpoint] = {}
+        self.warm: set[Arm] = set()
+        """Arms whose server has answered the warm-up."""
 
-    def get(self, arm: Arm) -> tuple[Endpoint, bool]:
-        """Return the arm's endpoint, started if need be, and whether it is fresh."""
-        if arm in self._up:
-            return self._up[arm], False
-        if not self._plan.both_resident:
-            self.stop()
-        self._up[arm] = self._plan.start[arm]()
-        self._up[arm].facts = describe(self._up[arm])
-        return self._up[arm], True
+    def get(self, arm: Arm) -> Endpoint:
+        """Return the arm's endpoint, started if need be. Blocks, but only when no request is in flight."""
+        if arm not in self._up:
+            if not self._plan.both_resident:
+                self.stop()
+            self._up[arm] = self._plan.start[arm]()
+            self._up[arm].facts = describe(self._up[arm])
+        return self._up[arm]
 
     def stop(self) -> None:
         for endpoint in self._up.values():
             endpoint.stop()
         self._up.clear()
+        self.warm.clear()
 
 
 def run(plan: Plan) -> Run:
@@ -96,10 +101,31 @@ def run(plan: Plan) -> Run:
         Prune2ServeError: an endpoint does not start, a fairness check refuses, or the warm-up fails.
     """
     pair = Pair(plan)
+    with stopped_by_sigterm():
+        try:
+            # Outside the event loop, which would hold back a Ctrl-C until a long export is done.
+            for arm in ARMS if plan.both_resident else ARMS[:1]:
+                pair.get(arm)
+            return asyncio.run(_run(plan, pair))
+        finally:
+            pair.stop()
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the run as an exception does, so that the servers are stopped too."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
     try:
-        return asyncio.run(_run(plan, pair))
+        yield
     finally:
-        pair.stop()
+        signal.signal(signal.SIGTERM, before)
 
 
 async def _run(plan: Plan, pair: Pair) -> Run:
@@ -110,7 +136,7 @@ async def _run(plan: Plan, pair: Pair) -> Run:
             await _ready(plan, pair, arm, session, made)
         made.checks += preflight.before(made.facts["baseline"], made.facts["candidate"], plan.directories)
         if plan.both_resident:
-            made.checks.append(preflight.threads(pair.get("baseline")[0], pair.get("candidate")[0]))
+            made.checks.append(preflight.threads(pair.get("baseline"), pair.get("candidate")))
         _refuse(made.checks, plan.allow_unfair)
         lag = client.LoopLag()
         begun, cpu = time.monotonic(), time.process_time()
@@ -139,9 +165,9 @@ async def _ready(
     plan: Plan, pair: Pair, arm: Arm, session: aiohttp.ClientSession, made: Run
 ) -> tuple[Endpoint, Target]:
     """Return the arm's endpoint, warmed up if it is fresh."""
-    endpoint, fresh = await asyncio.to_thread(pair.get, arm)
+    endpoint = pair.get(arm)
     target = Target(endpoint.url, endpoint.name, plan.api, endpoint.key)  # type: ignore[arg-type]
-    if not fresh:
+    if arm in pair.warm:
         return endpoint, target
     made.names[arm], made.commands[arm] = endpoint.name, endpoint.command
     made.facts[arm] = {"url": endpoint.url, **endpoint.facts}
@@ -158,6 +184,7 @@ async def _ready(
                 f"the {arm} at {endpoint.url} answered with fewer than two tokens: latencies need at least two; "
                 "raise --output-tokens, or use a server that honours ignore_eos"
             )
+    pair.warm.add(arm)
     return endpoint, target
 
 
@@ -209,10 +236,10 @@ async def _period(
     endpoint, target = await _ready(plan, pair, period.arm, session, made)
     salt = int(period.arm == "candidate") if _same_server(made) else 0
     requests = requests_for(plan.workload, period.half_round, salt)
-    earlier = await asyncio.to_thread(counters, endpoint)
+    earlier = counters(endpoint)
     async with lag.watching():
         outcomes = await client.run_period(session, target, requests, plan.workload.arrival.concurrency)
-    later = await asyncio.to_thread(counters, endpoint)
+    later = counters(endpoint)
     _keep(made, period, outcomes)
     growth = made.counters.setdefault(period.arm, {})
     for name, value in later.items():

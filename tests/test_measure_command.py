@@ -176,3 +176,33 @@ def test_a_failing_server_stops_in_the_warm_up(tmp_path):
     assert done.returncode == 1
     assert "failed in the warm-up: HTTP 500" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_one_server_at_a_time_is_stopped_before_the_other_starts():
+    from prune2serve.serve import compare, rows
+    from prune2serve.serve.design import StoppingRule
+    from prune2serve.serve.endpoint import attach
+    from prune2serve.serve.workload import Arrival, Lengths, Workload
+
+    up, most = [], []
+
+    def starter(*options):
+        def start():
+            process = subprocess.Popen([sys.executable, str(MOCK), *options], stderr=subprocess.PIPE, text=True)
+            found = attach(process.stderr.readline().split(" on ")[1].split()[0], None, None)
+            process.stderr.close()
+            found.process = process
+            up[:] = [p for p in up if p.poll() is None] + [process]
+            most.append(len(up))
+            return found
+
+        return start
+
+    workload = Workload(("hello",), "test", Lengths(4), Arrival(), 2)
+    begin = {"baseline": starter("--itl-ms", "10"), "candidate": starter("--itl-ms", "5")}
+    made = compare.run(compare.Plan(begin, workload, StoppingRule(max_rounds=2), both_resident=False))
+    assert max(most) == 1 and len(most) >= 4  # two arms, and at least one change in every round
+    assert all(p.poll() is not None for p in up)
+    assert {(t.round, t.period) for t in made.traces if t.round >= 0} == {(r, p) for r in (0, 1) for p in range(4)}
+    found = {row.metric: row.ratio for row in rows.rows_of(made.traces)}
+    assert found["p50_tpot"] == pytest.approx(0.5, abs=0.15)

@@ -16,7 +16,18 @@ from prune2serve.serve import endpoint
 
 pytest.importorskip("onnxruntime_genai", reason="needs the [onnx] extra")
 
-LOAD = "--engine onnxruntime --rounds 3 --input-tokens 24 --output-tokens 24 --precision-target 0.001".split()
+LOAD = [
+    "--engine",
+    "onnxruntime",
+    "--rounds",
+    "3",
+    "--input-tokens",
+    "24",
+    "--output-tokens",
+    "24",
+    "--precision-target",
+    "0.001",
+]
 
 
 @pytest.fixture(scope="module")

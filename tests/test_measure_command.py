@@ -188,7 +188,8 @@ def test_one_server_at_a_time_is_stopped_before_the_other_starts():
 
     def starter(*options):
         def start():
-            process = subprocess.Popen([sys.executable, str(MOCK), *options], stderr=subprocess.PIPE, text=True)
+            command = [sys.executable, str(MOCK), *options]
+            process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
             found = attach(process.stderr.readline().split(" on ")[1].split()[0], None, None)
             process.stderr.close()
             found.process = process

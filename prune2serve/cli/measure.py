@@ -108,8 +108,8 @@ def _output(options: dict[str, Any]) -> Path:
     from prune2serve.staging import refuse_existing
 
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    directory = Path(options["directory"] or DEFAULT_OUTPUT)
-    target = options["output"] or directory.with_name(f"{directory.resolve().name}-measure") / stamp
+    beside = Path("prune2serve" if options["url_a"] else options["directory"] or DEFAULT_OUTPUT).resolve()
+    target = options["output"] or beside.with_name(f"{beside.name}-measure") / stamp
     refuse_existing(target, force=options["force"])
     return Path(target)
 

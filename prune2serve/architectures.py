@@ -81,6 +81,7 @@ def expand(config: Mapping[str, Any]) -> PreTrainedConfig:
         raise UnsupportedArchitectureError("config.json names no model_type: add it, such as 'model_type': 'llama'")
     refuse_family(model_type, bool(config.get("is_encoder_decoder")))
     _check_counts(config)
+    _check_names(config)
     try:
         return CONFIG_MAPPING[model_type].from_dict(_decoded(dict(config)))
     except (
@@ -111,7 +112,7 @@ def decoder_config(config: PreTrainedConfig) -> tuple[tuple[str, ...], PreTraine
 
 def count_field(decoder: PreTrainedConfig) -> str:
     """Return the decoder config's own name for its number of layers, checked to be a sane count."""
-    field = decoder.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    field = type(decoder).attribute_map.get("num_hidden_layers", "num_hidden_layers")
     value = getattr(decoder, field, None)
     if field not in COUNT_FIELDS or isinstance(value, bool) or not isinstance(value, int):
         raise UnsupportedArchitectureError(f"{decoder.model_type}: cannot tell its number of decoder layers")
@@ -184,6 +185,16 @@ def _check_counts(config: Mapping[str, Any], where: str = "") -> None:
             and not -1 <= value <= MAX_LAYERS
         ):
             raise CorruptCheckpointError(f"config.json says {where}{key} {value}: expected 1 to {MAX_LAYERS}")
+
+
+def _check_names(config: Mapping[str, Any]) -> None:
+    """Refuse fields named like a method of the config class, which they would replace."""
+    from transformers import PreTrainedConfig
+
+    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for key in part:
+            if key == "attribute_map" or callable(getattr(PreTrainedConfig, str(key), None)):
+                raise CorruptCheckpointError(f"config.json has a field named {key!r}, which is no setting: remove it")
 
 
 def _decoded(value: Any) -> Any:

@@ -109,6 +109,8 @@ def test_refusals(config: dict[str, object], message: str) -> None:
         ({"num_hidden_layers": 0}, "says num_hidden_layers 0: expected at least 1"),
         ({"num_hidden_layers": "4"}, "does not fit model_type 'llama'"),
         ({"num_hidden_layers": 5}, r"says 5 layers, but no tensor is named model.layers.4.\*"),
+        ({"get_text_config": 1}, "has a field named 'get_text_config', which is no setting"),
+        ({"attribute_map": []}, "has a field named 'attribute_map', which is no setting"),
         ({"hidden_size": {}}, "does not fit model_type 'llama'"),
     ],
 )

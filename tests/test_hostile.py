@@ -132,7 +132,7 @@ FIELDS = st.sampled_from(
         *("rope_parameters", "attention_types", "num_layers", "n_layer", "text_config", "quantization_config"),
         *("block_types", "moe_layer_interval", "moe_layer_start_index", "first_k_dense_replace", "no_rope_layers"),
         *("attn_layer_period", "attn_layer_offset", "expert_layer_period", "scale_depth", "per_layer_config"),
-        *("vocab_size", "dtype", "torch_dtype", "architectures", "attribute_map", "is_encoder_decoder"),
+        *("vocab_size", "dtype", "torch_dtype", "architectures", "attribute_map", "get_text_config"),
     ]
 )
 FAMILIES = st.sampled_from(

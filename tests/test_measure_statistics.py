@@ -62,6 +62,12 @@ def test_a_round_without_values_gives_no_estimate():
     assert statistics.compare_means(a, a, statistics.resample_weights(2, 0)) is None
 
 
+def test_a_resample_of_value_zero_gives_no_interval():
+    a = Values([np.array([0.0, 0.0]), np.array([4.0, 5.0]), np.array([4.0, 6.0])])
+    found = statistics.compare_means(a, a, statistics.resample_weights(3, 0))
+    assert found.ratio == 1.0 and found.interval is None and found.smallest_effect is None
+
+
 def test_the_interval_is_the_t_interval_of_independent_rounds():
     """With one value a round and arm, log ratio +- t * s / sqrt(n), up to the bootstrap's own noise."""
     generator = np.random.default_rng(3)

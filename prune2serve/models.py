@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from prune2serve.errors import CorruptCheckpointError, MissingExtraError, Prune2ServeError
 from prune2serve.paths import cache_dir
-from prune2serve.progress import say
+from prune2serve.progress import console, say
 from prune2serve.records import Checkpoint
 from prune2serve.staging import staged_directory
 
@@ -160,7 +160,7 @@ def _convert_gguf(file: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    _quiet_transformers()
+    _quiet_transformers(bars=not console.quiet)
     try:
         # dequantize: newer transformers otherwise keep the packed blocks and then refuse to save.
         packed = GgufConfig(gguf_file=file.name, dequantize=True)
@@ -177,12 +177,15 @@ def _convert_gguf(file: Path) -> Path:
     return target
 
 
-def _quiet_transformers() -> None:
-    """Its bars and notices would stand between ours."""
+def _quiet_transformers(*, bars: bool = False) -> None:
+    """Its notices, and its bars where we have our own, would stand between ours."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    if bars:
+        logging.enable_progress_bar()
+    else:
+        logging.disable_progress_bar()
 
 
 def _drop_machine_paths(config_file: Path, name: str) -> None:

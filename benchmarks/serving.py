@@ -105,6 +105,7 @@ def main() -> None:
     levels = [int(level) for level in arguments.concurrency.split(",")]
 
     import onnxruntime_genai as og
+
     from prune2serve.export.onnx_graph import ensure_onnx, onnx_home
     from prune2serve.serve.engine import served
     from prune2serve.serve.ort_session import ModelRunner, RunnerOptions

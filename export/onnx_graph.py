@@ -47,8 +47,7 @@ OPTIONS = {
 }
 INT4_OPTIONS = {
     # One layout for every layer: the mixed ones choose their 8-bit layers by position, so a pruned model and
-    # its
-    # parent would be quantised differently and their comparison would measure that too.
+    # its parent would be quantised differently and their comparison would measure that too.
     "algo_config": "default",
     "block_size": "32",
     "is_symmetric": "true",
@@ -109,13 +108,10 @@ def ensure_onnx(
 def check_precision(precision: str, device: str) -> None:
     """Raise unless the builder makes `precision` for `device`."""
     if device not in PRECISIONS:
-        raise Prune2ServeError(
-            f"no ONNX device {device!r}{near_match(device, PRECISIONS)}: choose cpu or cuda"
-        )
+        raise Prune2ServeError(f"no ONNX device {device!r}{near_match(device, PRECISIONS)}: choose cpu or cuda")
     if precision not in PRECISIONS[device]:
         raise Prune2ServeError(
-            f"precision {precision!r} cannot be exported for {device}: choose "
-            f"{' or '.join(PRECISIONS[device])}"
+            f"precision {precision!r} cannot be exported for {device}: choose {' or '.join(PRECISIONS[device])}"
         )
 
 

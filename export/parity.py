@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prune2serve.export.onnx_graph import RECORD, SERVING_GRAPH
-
 from prune2serve.errors import MissingExtraError, Prune2ServeError
+from prune2serve.export.onnx_graph import RECORD, SERVING_GRAPH
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,9 +116,7 @@ class _Sequence:
         for wanted in session.get_inputs():
             if wanted.name.startswith("past_key_values."):
                 if wanted.type not in types:
-                    raise Prune2ServeError(
-                        f"parity of an export with a {wanted.type} KV cache cannot be checked here"
-                    )
+                    raise Prune2ServeError(f"parity of an export with a {wanted.type} KV cache cannot be checked here")
                 shape = [1, wanted.shape[1], 0, self._head_size()]
                 self._past[wanted.name] = np.zeros(shape, dtype=types[wanted.type])
 

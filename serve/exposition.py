@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
 from prune2serve.serve.generation import FinishReason, Sequence
 
 if TYPE_CHECKING:
@@ -37,14 +38,10 @@ class EngineMetrics:
         self._model_name = model_name
         self.mean_e2e_s = 0.0
         """Moving average over finished requests: how long a refused client should wait."""
-        self._running = self._gauge(
-            "num_requests_running", "Requests in the batch, reading a prompt or decoding."
-        )
+        self._running = self._gauge("num_requests_running", "Requests in the batch, reading a prompt or decoding.")
         self._waiting = self._gauge("num_requests_waiting", "Requests waiting for a free row.")
         self._usage = self._gauge("kv_cache_usage_perc", "Share of the KV buffer's positions in use, 0 to 1.")
-        self._prefix_queries = self._counter(
-            "prefix_cache_queries", "Prompt tokens looked up (no prefix cache: 0)."
-        )
+        self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up (no prefix cache: 0).")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found (no prefix cache: 0).")
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens read.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
@@ -57,19 +54,13 @@ class EngineMetrics:
             "request_time_per_output_token_seconds", "(E2E - TTFT) / (output tokens - 1).", TOKEN_BUCKETS
         )
         self._e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", REQUEST_BUCKETS)
-        self._queue = self._histogram(
-            "request_queue_time_seconds", "Arrival to first prefill.", REQUEST_BUCKETS
-        )
+        self._queue = self._histogram("request_queue_time_seconds", "Arrival to first prefill.", REQUEST_BUCKETS)
         self._prefill = self._histogram(
             "request_prefill_time_seconds", "First prefill to first token.", REQUEST_BUCKETS
         )
         self._decode = self._histogram("request_decode_time_seconds", "First to last token.", REQUEST_BUCKETS)
-        self._prompt_length = self._histogram(
-            "request_prompt_tokens", "Prompt tokens a request.", LENGTH_BUCKETS
-        )
-        self._output_length = self._histogram(
-            "request_generation_tokens", "Tokens a request.", LENGTH_BUCKETS
-        )
+        self._prompt_length = self._histogram("request_prompt_tokens", "Prompt tokens a request.", LENGTH_BUCKETS)
+        self._output_length = self._histogram("request_generation_tokens", "Tokens a request.", LENGTH_BUCKETS)
 
     def page(self) -> bytes:
         """The Prometheus text page."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import numpy as np
+
     from prune2serve.serve.detokenize import TextStream
 
 FinishReason = Literal["stop", "length", "abort", "error"]

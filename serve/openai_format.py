@@ -114,9 +114,7 @@ def _top(entry: TokenLogprob, token_text: TokenText) -> dict[str, float]:
     return best
 
 
-def completion_chunk(
-    answer: Answer, index: int, delta: Delta, *, logprobs: int | None, offset: int
-) -> dict[str, Any]:
+def completion_chunk(answer: Answer, index: int, delta: Delta, *, logprobs: int | None, offset: int) -> dict[str, Any]:
     block = None
     if logprobs is not None and delta.logprobs:
         block = completion_logprobs(list(delta.logprobs), [], answer.token_text, offset)
@@ -138,9 +136,7 @@ def chat(answer: Answer, choices: list[Choice], num_prompt_tokens: int, *, logpr
     return {**answer.head(), "choices": rows, "usage": usage(choices, num_prompt_tokens)}
 
 
-def chat_logprobs(
-    entries: list[TokenLogprob] | tuple[TokenLogprob, ...], token_text: TokenText
-) -> dict[str, Any]:
+def chat_logprobs(entries: list[TokenLogprob] | tuple[TokenLogprob, ...], token_text: TokenText) -> dict[str, Any]:
     def one(token: int, value: float) -> dict[str, Any]:
         text = token_text(token)
         return {"token": text, "logprob": value, "bytes": list(text.encode())}

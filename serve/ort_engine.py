@@ -1,10 +1,8 @@
 """Continuous batching over ONNX Runtime: one thread that owns the session, and a queue in front of it.
 
-The loop reads in one screen: take what clients asked for -> one chunk of one prompt -> one token for every
-live
-row -> hand out the text. A failing step fails the requests it held, then the session is opened again with
-growing
-pauses; `state` says which.
+The loop reads in one screen: take what clients asked for -> a chunk's worth of prompts -> one token for every
+live row -> hand out the text. A failing step fails the requests it held, then the session is opened again with
+growing pauses; `state` says which.
 """
 
 from __future__ import annotations
@@ -18,13 +16,13 @@ from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
+
+from prune2serve.progress import say
 from prune2serve.serve.detokenize import IncrementalDecoder, TextStream
 from prune2serve.serve.exposition import EngineMetrics
 from prune2serve.serve.generation import Delta, FinishReason, SamplingParams, Sequence, TokenLogprob
 from prune2serve.serve.ort_scheduler import Scheduler
 from prune2serve.serve.sampling import NotFiniteError, choose, describe, log_softmax
-
-from prune2serve.progress import say
 
 State = Literal["starting", "ready", "failed", "stopped"]
 MAX_RESTART_PAUSE_S = 30.0
@@ -87,9 +85,7 @@ class OrtEngine:
         self._thread = threading.Thread(target=self._serve, name="ort-engine", daemon=True)
         self._thread.start()
 
-    def submit(
-        self, prompt_ids: list[int], params: SamplingParams, emit: Callable[[Delta], None]
-    ) -> Sequence:
+    def submit(self, prompt_ids: list[int], params: SamplingParams, emit: Callable[[Delta], None]) -> Sequence:
         """Queue a prompt; `emit` gets its deltas on the engine's thread, the last one with a finish reason.
 
         The prompt must have at least one token and leave room for one more below `max_length`.
@@ -101,9 +97,7 @@ class OrtEngine:
         room = self.max_length - len(prompt_ids)
         params = replace(params, max_tokens=min(params.max_tokens, room))
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids)
-        decoder = IncrementalDecoder(
-            lambda ids: self._decode_ids(ids, params.skip_special_tokens), prompt_ids
-        )
+        decoder = IncrementalDecoder(lambda ids: self._decode_ids(ids, params.skip_special_tokens), prompt_ids)
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
         sequence = Sequence(
             prompt_ids,
@@ -168,7 +162,7 @@ class OrtEngine:
                 check, self._any_cancelled = self._any_cancelled, False
             if check:
                 self._drop_cancelled()
-            self._prefill_chunk()
+            self._prefill_step()
             self._decode_step()
             self.metrics.observe_load(self._scheduler, self.max_length)
 
@@ -210,11 +204,17 @@ class OrtEngine:
                 sequence.finished = True
                 self.metrics.observe_finish(sequence, "abort")
 
-    def _prefill_chunk(self) -> None:
-        chosen = self._scheduler.next_prefill()
-        if chosen is None:
-            return
-        sequence, row = chosen
+    def _prefill_step(self) -> None:
+        """Read about one chunk's worth of prompts: a piece of a long one, or several short ones."""
+        spent = 0
+        while spent < self.runner.options.prefill_chunk:
+            chosen = self._scheduler.next_prefill()
+            if chosen is None:
+                return
+            spent += self._prefill_chunk(*chosen)
+
+    def _prefill_chunk(self, sequence: Sequence, row: int) -> int:
+        """Read the next chunk of one prompt; return its tokens."""
         if sequence.scheduled_s is None:
             sequence.scheduled_s = time.monotonic()
         start = sequence.num_cached
@@ -225,13 +225,14 @@ class OrtEngine:
         if every:
             self._note_prompt(sequence, logits, start)
         if sequence.num_cached < len(sequence.prompt_ids):
-            return
+            return len(chunk)
         self._scheduler.promote()
         self.metrics.observe_prompt(sequence)
         if sequence.params.max_tokens == 0:
             self._finish(sequence, "length")
         else:
             self._append(sequence, logits[-1])
+        return len(chunk)
 
     def _note_prompt(self, sequence: Sequence, logits: np.ndarray, start: int) -> None:
         """Keep the log-probability of each prompt token that a chunk's logits [chunk, vocab] predict."""
@@ -304,9 +305,7 @@ class OrtEngine:
         delta = self._delta(sequence, text, logprobs, num_tokens=0 if error or not sequence.output_ids else 1)
         sequence.emit(replace(delta, finish_reason=reason, error=error))
 
-    def _delta(
-        self, sequence: Sequence, text: str, logprobs: tuple[TokenLogprob, ...], num_tokens: int = 1
-    ) -> Delta:
+    def _delta(self, sequence: Sequence, text: str, logprobs: tuple[TokenLogprob, ...], num_tokens: int = 1) -> Delta:
         prompt = None
         if sequence.prompt_logprobs and len(sequence.output_ids) <= 1:
             prompt = tuple(sequence.prompt_logprobs)

@@ -52,6 +52,7 @@ def serve_onnx(settings: ServeSettings) -> None:
     """
     _check_packages()
     import uvicorn
+
     from prune2serve.serve.ort_server import create_app
 
     # Also before the server runs, and for the signal that uvicorn raises again after it has drained.
@@ -88,16 +89,18 @@ def open_service(settings: ServeSettings) -> Service:
     from prune2serve.serve.tokenization import TextModel
 
     text = TextModel(settings.directory)
-    onnx = ensure_onnx(
-        settings.directory, settings.precision, settings.device, cache=onnx_home(settings.directory)
-    )
+    onnx = ensure_onnx(settings.directory, settings.precision, settings.device, cache=onnx_home(settings.directory))
     max_length = choose_max_length(settings, text.context_length, onnx)
-    options = RunnerOptions(
-        settings.device, settings.max_num_seqs, max_length, num_threads=settings.num_threads
-    )
+    options = RunnerOptions(settings.device, settings.max_num_seqs, max_length, num_threads=settings.num_threads)
     metrics = EngineMetrics(settings.names[0])
+
+    def open_runner() -> ModelRunner:
+        runner = ModelRunner(onnx, options)
+        runner.warm_up()
+        return runner
+
     engine = OrtEngine(
-        lambda: ModelRunner(onnx, options),
+        open_runner,
         text.decode,
         text.eos_ids,
         max_waiting=settings.max_num_waiting,
@@ -114,16 +117,14 @@ def choose_max_length(settings: ServeSettings, context_length: int | None, onnx_
     if asked is not None:
         if context_length is not None and asked > context_length:
             raise Prune2ServeError(
-                f"--max-model-len {asked} is beyond the model's context of {context_length} tokens: ask "
-                "for less"
+                f"--max-model-len {asked} is beyond the model's context of {context_length} tokens: ask for less"
             )
         return asked
     room = int(KV_MEMORY_SHARE * _device_memory(settings.device) / kv_bytes_per_token(onnx_directory))
     chosen = min(context_length or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH, room // settings.max_num_seqs)
     if chosen < 2:
         raise Prune2ServeError(
-            f"the KV buffer of {settings.max_num_seqs} sequences does not fit into memory: lower "
-            "--max-num-seqs"
+            f"the KV buffer of {settings.max_num_seqs} sequences does not fit into memory: lower --max-num-seqs"
         )
     return chosen
 
@@ -135,9 +136,7 @@ def kv_bytes_per_token(onnx_directory: Path) -> int:
     decoder = json.loads((onnx_directory / "genai_config.json").read_text())["model"]["decoder"]
     record = json.loads((onnx_directory / RECORD).read_text())
     element = 4 if record["device"] == "cpu" else 2
-    return int(
-        2 * decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"] * element
-    )
+    return int(2 * decoder["num_hidden_layers"] * decoder["num_key_value_heads"] * decoder["head_size"] * element)
 
 
 def _device_memory(device: str) -> int:
@@ -145,9 +144,7 @@ def _device_memory(device: str) -> int:
         import torch
 
         if not torch.cuda.is_available():
-            raise Prune2ServeError(
-                "no CUDA device is visible to torch, which holds the KV buffer: use --device cpu"
-            )
+            raise Prune2ServeError("no CUDA device is visible to torch, which holds the KV buffer: use --device cpu")
         return int(torch.cuda.get_device_properties(0).total_memory)
     import psutil
 

@@ -1,8 +1,7 @@
 """Which sequence gets which row of the KV buffer, and what the next step computes.
 
 Rows 0 .. n - 1 are the sequences being decoded, without holes, so one step advances them all; row n belongs
-to the
-one sequence whose prompt is being read. When a row in the middle is freed, the last one moves into it.
+to the one sequence whose prompt is being read. When a row in the middle is freed, the last one moves into it.
 """
 
 from __future__ import annotations

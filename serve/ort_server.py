@@ -31,6 +31,7 @@ from prune2serve.serve.http_guard import (
     read_body,
     unless_gone,
 )
+from prune2serve.serve.openapi import document
 from prune2serve.serve.ort_service import DEFAULT_COMPLETION_TOKENS, Service
 from prune2serve.serve.protocol import ChatCompletionRequest, CompletionRequest, GenerationRequest
 
@@ -40,10 +41,16 @@ R = TypeVar("R", bound=GenerationRequest)
 def create_app(service: Service, *, api_key: str | None = None) -> Starlette:
     """Build the ASGI application. With `api_key`, every path under /v1 needs it."""
     face = _Face(service)
+    description = document(needs_key=api_key is not None)
+
+    async def openapi(request: Request) -> Response:
+        return JSONResponse(description)
+
     routes = [
         Route("/health", face.health),
         Route("/version", face.version),
         Route("/metrics", face.metrics),
+        Route("/openapi.json", openapi),
         Route("/v1/models", face.models),
         Route("/v1/models/{name:path}", face.model),
         Route("/v1/completions", face.completions, methods=["POST"]),

@@ -133,9 +133,7 @@ class Service:
 
         try:
             for index in range(len(prompts) * n):
-                sequences.append(
-                    self._submit(prompts[index // n], _seeded(params, index % n), emit_to(index))
-                )
+                sequences.append(self._submit(prompts[index // n], _seeded(params, index % n), emit_to(index)))
             left = len(sequences)
             async with asyncio.timeout(self.limits.request_timeout_s):
                 while left:

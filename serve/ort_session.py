@@ -1,8 +1,7 @@
 """The exported graph on ONNX Runtime: prefill one row, or advance many rows by one token.
 
 A row is a sequence's place in the shared KV buffer. Both calls bind views of the buffer as inputs and
-outputs at
-once, so keys and values are appended in place and nothing is copied.
+outputs at once, so keys and values are appended in place and nothing is copied.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from prune2serve.export.onnx_graph import SERVING_GRAPH
-from prune2serve.serve.ort_cache import CacheShape, KVCache
 
 from prune2serve.errors import MissingExtraError, Prune2ServeError
+from prune2serve.export.onnx_graph import SERVING_GRAPH
+from prune2serve.serve.ort_cache import CacheShape, KVCache
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -66,6 +65,11 @@ class ModelRunner:
         most = max(options.num_rows, options.prefill_chunk)
         self._logits = torch.empty((most, self.vocab_size), dtype=getattr(torch, logits_name), device=self._device)
         self._bindings: dict[tuple[int, int], ort.IOBinding] = {}
+
+    def warm_up(self) -> None:
+        """Run the two kinds of step once, so that the first request does not pay for what is set up lazily."""
+        self.prefill(0, [0] * min(self.options.prefill_chunk, self.options.max_length), 0)
+        self.decode([0] * self.options.num_rows, [1] * self.options.num_rows)
 
     def prefill(self, row: int, ids: list[int], start: int, *, every: bool = False) -> np.ndarray:
         """Append `ids` to a row that holds `start` tokens.

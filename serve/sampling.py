@@ -2,13 +2,13 @@
 
 The order is vLLM's: log-probabilities of the unmodified model, then bias and penalties, temperature, min_p,
 top_k, top_p, and one draw. Each sequence draws from its own generator, so a seed gives the same tokens
-whatever
-else is in the batch.
+whatever else is in the batch.
 """
 
 from __future__ import annotations
 
 import numpy as np
+
 from prune2serve.serve.generation import SamplingParams, Sequence, TokenLogprob
 
 FIRST_CANDIDATES = 1024
@@ -85,8 +85,9 @@ def _shape(logits: np.ndarray, sequence: Sequence) -> None:
 
 
 def _draw(logits: np.ndarray, params: SamplingParams, random: np.random.Generator) -> int:
-    # float64: a tiny temperature must not overflow to NaN.
-    scaled = (logits - logits.max()).astype(np.float64) / params.temperature
+    # At most 0, so that a tiny temperature takes the others to -inf and never to NaN.
+    with np.errstate(over="ignore"):
+        scaled = (logits - logits.max()).astype(np.float64) / params.temperature
     ids: np.ndarray | None = None
     if params.min_p > 0:
         scaled[scaled < np.log(params.min_p)] = -np.inf

@@ -28,8 +28,7 @@ class TextModel:
         except (OSError, ValueError, KeyError, TypeError) as error:
             line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CorruptCheckpointError(
-                f"no usable tokenizer in {directory} ({line}): put the parent's tokenizer files beside "
-                "config.json"
+                f"no usable tokenizer in {directory} ({line}): put the parent's tokenizer files beside config.json"
             ) from error
         self._lock = threading.Lock()
         config, generation = _read(directory / "config.json"), _read(directory / "generation_config.json")
@@ -54,9 +53,7 @@ class TextModel:
     def token_text(self, token: int) -> str:
         return self.decode([token], skip_special_tokens=False)
 
-    def render_chat(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **extra: Any
-    ) -> str:
+    def render_chat(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **extra: Any) -> str:
         """Apply the model's chat template.
 
         Raises:

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from prune2serve.serve.engine import ServerProcess, free_port
-
 from prune2serve.errors import Prune2ServeError
 from prune2serve.paths import cache_dir
 from prune2serve.progress import say
+from prune2serve.serve.engine import ServerProcess, free_port
 
 PYTHON_VARIABLE = "PRUNE2SERVE_VLLM_PYTHON"
 DEFAULT_PYTHON = Path(".venv-vllm/bin/python")

@@ -248,6 +248,13 @@ def test_bad_chat_requests_get_openais_error_shape(server, body, message):
     assert message in answer["error"]["message"]
 
 
+def test_the_openapi_document_describes_every_path_and_refers_to_nothing_missing(server):
+    described = json.loads(get(server, "/openapi.json"))
+    assert {"/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics"} <= set(described["paths"])
+    references = re.findall(r'"#/components/schemas/(\w+)"', json.dumps(described))
+    assert "CompletionRequest" in references and set(references) <= set(described["components"]["schemas"])
+
+
 def test_wrong_methods_and_types_are_refused_in_the_same_shape(server):
     status, answer, _ = post(server, "/v1/models", {})
     assert status == 405 and answer["error"]["message"] == "POST is not allowed here"

@@ -4,10 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+from serve_fixtures import SENTENCES, make_tokenizer
+
 from prune2serve.serve.detokenize import IncrementalDecoder, TextStream
 from prune2serve.serve.generation import SamplingParams, Sequence
 from prune2serve.serve.sampling import NotFiniteError, choose
-from serve_fixtures import SENTENCES, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 
@@ -124,8 +125,9 @@ def test_greedy_takes_the_first_of_the_largest():
     assert choose(np.array([0, 2, 2, 1], dtype=np.float32), sequence(temperature=0))[0] == 1
 
 
-def test_a_tiny_temperature_is_greedy_and_does_not_overflow():
-    drawn = sequence(temperature=1e-6, seed=3)
+@pytest.mark.parametrize("temperature", [1e-6, 1e-308, 5e-324])
+def test_a_tiny_temperature_is_greedy_and_does_not_overflow(temperature):
+    drawn = sequence(temperature=temperature, seed=3)
     assert {choose(LOGITS.copy(), drawn)[0] for _ in range(50)} == {1}
 
 

@@ -17,9 +17,7 @@ import click
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--force", is_flag=True, help="Export again even when an export of these weights is there.")
-@click.option(
-    "--parity/--no-parity", default=True, show_default=True, help="Compare with transformers afterwards."
-)
+@click.option("--parity/--no-parity", default=True, show_default=True, help="Compare with transformers afterwards.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def command(
@@ -42,8 +40,7 @@ def command(
     directory = directory or DEFAULT_OUTPUT
     if not (directory / "config.json").is_file():
         raise Prune2ServeError(
-            f"no model directory at {directory}: run `prune2serve build` first, or name a directory with "
-            "config.json"
+            f"no model directory at {directory}: run `prune2serve build` first, or name a directory with config.json"
         )
     wanted = precision or (PRECISIONS[device][0],)
     for one in wanted:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
-from prune2serve.evaluation import TeacherLogits, evaluate
+from prune2serve.activations import batches
+from prune2serve.evaluation import TeacherLogits, evaluate, next_token_logits
+from prune2serve.progress import track
 from prune2serve.records import CalibrationSet, QualityReport
 from prune2serve.repetition import compare_repetition, continue_prompts
 from prune2serve.task_files import Task
@@ -48,6 +50,15 @@ class ParentQuality:
     @cached_property
     def continuations(self) -> list[list[int]]:
         return continue_prompts(self.parent, self.tokenizer)
+
+    def prepare(self) -> None:
+        """Compute the parent's side now."""
+        _ = self.tasks, self.continuations
+        if self._logits is None:
+            return
+        with torch.inference_mode():
+            for index, (input_ids, mask) in enumerate(track(list(batches(self.windows, 1)), "Measuring the parent")):
+                self._logits(index, partial(next_token_logits, self.parent, input_ids, mask))
 
     def measure(
         self,

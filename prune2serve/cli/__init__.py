@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "Measure the quality of a build against its parent.",
     "export": "Export a directory to ONNX.",
     "serve": "Serve a build over an OpenAI-compatible endpoint.",
+    "bakeoff": "Compare several methods on one model: quality against size.",
     "measure": "Compare latency and throughput, pruned against unpruned.",
     "rollout": "Write the files that hand a build to gateways and clusters.",
     "doctor": "Say what this machine can run and what to install.",

@@ -13,6 +13,7 @@ from prune2serve import __version__, versions
 from prune2serve.architectures import Architecture, architecture_of
 from prune2serve.clock import Clock
 from prune2serve.export.checkpoint import hash_files, write_manifest, write_model_card
+from prune2serve.lint import lint
 from prune2serve.methods import check_method
 from prune2serve.models import open_checkpoint
 from prune2serve.options import BuildOptions
@@ -57,6 +58,7 @@ def build(options: BuildOptions) -> Manifest:
             files={},
             num_parameters={"parent": result.num_parameters_parent, "pruned": result.num_parameters_pruned},
             seed=options.seed,
+            engines=engine_verdicts(staging),
             **({} if options.surgery_only else prove_and_measure(bench, plan, staging, clock)),
             versions=versions.installed(),
             command=tuple(sys.argv[1:]),
@@ -104,6 +106,18 @@ def prove_and_measure(bench: Workbench, plan: PruningPlan, staging: Path, clock:
         "calibration": calibration,
         "gates": gates(bench.options, quality),
     }
+
+
+def engine_verdicts(staging: Path) -> dict[str, dict[str, str]]:
+    """Ask, engine by engine, whether the pruned config will be served as it is meant; say where it will not."""
+    config = open_checkpoint(str(staging)).config
+    verdicts: dict[str, dict[str, str]] = {
+        finding.engine: {"verdict": finding.verdict, "why": finding.why} for finding in lint(config)
+    }
+    for engine, found in verdicts.items():
+        if found["verdict"] in ("wrong", "refused"):
+            say(f"Do not serve this on {engine} ({found['verdict']}): {found['why']}")
+    return verdicts
 
 
 def portable(plan: PruningPlan) -> PruningPlan:

@@ -268,6 +268,8 @@ class Manifest(Record):
     quality: QualityReport | None = None
     reload_proof: dict[str, Any] = field(default_factory=dict)
     """Stock transformers on the directory against layers removed in memory."""
+    engines: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Engine -> `verdict` and `why`: which ones will serve this directory as it is."""
     calibration: dict[str, Any] = field(default_factory=dict)
     healing: dict[str, Any] = field(default_factory=dict)
     onnx: dict[str, Any] = field(default_factory=dict)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prune2serve.errors import Prune2ServeError
 from prune2serve.paths import cache_dir
@@ -34,7 +35,9 @@ class Sampling:
     first_temperature: float = 1.5
     num_first: int = 8
     top_k: int = 200
-    batch_size: int = 32
+    batch_size: int = 64
+    max_length: int = 256
+    """Tokens a sample: twice as many samples of half the length cost half the steps, and vary more."""
     min_distinct: float = 0.4
     """Smallest share of distinct 4-grams that is not called degenerate."""
 
@@ -54,32 +57,44 @@ def self_samples(
         Prune2ServeError: the model keeps producing degenerate or identical text.
     """
     sampling = sampling or Sampling()
-    settings = {**asdict(sampling), "tokens": num_tokens, "length": max_length, "seed": seed}
+    settings = {**asdict(sampling), "tokens": num_tokens, "length": min(max_length, sampling.max_length), "seed": seed}
     key = hashlib.sha256(json.dumps([checkpoint.fingerprint, settings]).encode()).hexdigest()[:24]
     cached = cache_dir() / "self" / f"{key}.jsonl"
     if cached.is_file():
         return [json.loads(line)["input_ids"] for line in cached.read_text().splitlines()]
-    model = load_parent()
+    documents = _write(load_parent(), tokenizer, checkpoint.source, settings, sampling)
+    _save(cached, documents, tokenizer)
+    return documents
+
+
+def _write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, settings: dict[str, Any], sampling: Sampling
+) -> list[Tokens]:
+    """Sample batch after batch, each opening in turn and none larger than what is missing, until there is enough."""
+    num_tokens, length = settings["tokens"], settings["length"]
+    openings = _openings(tokenizer, model)
     documents: list[Tokens] = []
     seen: set[tuple[int, ...]] = set()
-    rejected = 0
+    rejected = batch = total = 0
     with task("Writing calibration text with the parent", num_tokens) as bar:
-        for sample in _samples(model, tokenizer, max_length, seed, sampling):
-            key_tokens = tuple(sample[:32])
-            if degenerate(sample, sampling.min_distinct) or key_tokens in seen:
-                rejected += 1
-                if rejected > 4 * len(documents) + 8 * sampling.batch_size:
-                    raise Prune2ServeError(
-                        f"{checkpoint.source} writes degenerate text ({rejected} of {rejected + len(documents)} "
-                        "samples rejected): give real text with --calibration PATH"
-                    )
-                continue
-            seen.add(key_tokens)
-            documents.append(sample)
-            bar.advance(len(sample) + 1)
-            if sum(len(d) + 1 for d in documents) >= num_tokens and len(documents) >= 3:
-                break
-    _save(cached, documents, tokenizer)
+        while total < num_tokens or len(documents) < 3:
+            share = max(num_tokens - total, 0) / max(len(openings) - batch, 1)
+            rows = min(max(math.ceil(1.2 * share / length), 4), sampling.batch_size)
+            for sample in _batch(model, tokenizer, openings[batch % len(openings)], rows, settings, batch, sampling):
+                start = tuple(sample[:32])
+                if degenerate(sample, sampling.min_distinct) or start in seen:
+                    rejected += 1
+                    continue
+                seen.add(start)
+                documents.append(sample)
+                total += len(sample) + 1
+                bar.advance(len(sample) + 1)
+            batch += 1
+            if rejected > 4 * len(documents) + 2 * sampling.batch_size:
+                raise Prune2ServeError(
+                    f"{name} writes degenerate text ({rejected} of {rejected + len(documents)} samples rejected): "
+                    "give real text with --calibration PATH"
+                )
     return documents
 
 
@@ -89,23 +104,22 @@ def degenerate(tokens: Tokens, min_distinct: float) -> bool:
     return len(tokens) < 16 or len(set(grams)) < min_distinct * len(grams)
 
 
-def _samples(
+def _batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    seed: int,
+    opening: Tokens,
+    rows: int,
+    settings: dict[str, Any],
+    batch: int,
     sampling: Sampling,
-) -> Iterator[Tokens]:
-    """Batches without end, each from its own seed; half of an instruct model's samples open a user's turn."""
+) -> list[Tokens]:
+    """One batch, from a seed of its own."""
     import torch
 
-    prompts = _openings(tokenizer, model)
-    for batch in range(10_000):
-        generator = torch.Generator(model.device).manual_seed(seed * 10_007 + batch)
-        prompt = prompts[batch % len(prompts)]
-        start = torch.tensor([prompt] * sampling.batch_size, device=model.device)
-        tokens = generate(model, start, max_length, generator, sampling, tokenizer.eos_token_id)
-        yield from (_until_end(row, len(prompt), tokenizer.eos_token_id) for row in tokens.tolist())
+    generator = torch.Generator(model.device).manual_seed(settings["seed"] * 10_007 + batch)
+    start = torch.tensor([opening] * rows, device=model.device)
+    tokens = generate(model, start, settings["length"], generator, sampling, tokenizer.eos_token_id)
+    return [_until_end(row, len(opening), tokenizer.eos_token_id) for row in tokens.tolist()]
 
 
 def _openings(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> list[Tokens]:

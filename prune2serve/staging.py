@@ -30,7 +30,7 @@ def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
     refuse_existing(target, force=force)
     staging = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:
-        shutil.rmtree(staging, ignore_errors=True)
+        _sweep(target)
         staging.mkdir(parents=True)
         yield staging
         _sync(staging)
@@ -47,6 +47,24 @@ def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed processes left beside `target`; what a living process is writing stays."""
+    for partial in target.parent.glob(f".{target.name}.partial-*"):
+        pid = partial.name.rpartition("-")[2]
+        if not pid.isdigit() or int(pid) == os.getpid() or not _alive(int(pid)):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def write_text(target: Path, text: str) -> None:

@@ -176,6 +176,7 @@ def answer(manifest: Manifest, output: Path) -> dict[str, Any]:
         "quality": quality.to_dict() if quality else None,
         "num_parameters": manifest.num_parameters,
         "reload_proof": manifest.reload_proof,
+        "engines": manifest.engines,
         "onnx": manifest.onnx,
         "gates": manifest.gates,
         "seconds": manifest.seconds,

@@ -31,6 +31,10 @@ LOGITS_BYTES = 2**30
 """Parent logits are kept up to this size; beyond it they are computed again from the last hidden states."""
 
 
+TRAIL_BYTES = 2 * 2**30
+"""Hidden states that `window_nll` leaves behind for later sets are kept up to this size."""
+
+
 @dataclass(frozen=True)
 class SetQuality:
     """How one layer set does on the search split."""
@@ -64,6 +68,8 @@ class _Window:
     """The parent's X_L, [1, T, hidden]."""
     logits: torch.Tensor | None
     """The parent's [T - 1, V], when they fit."""
+    trails: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+    """Layers run -> the states after them, beside those of the base set."""
 
 
 class LayerSetSearch:
@@ -118,9 +124,16 @@ class LayerSetSearch:
         return sum(int(window.mask[0, 1:].sum()) for window in self._windows)
 
     def window_nll(self, kept: Sequence[int], window: int) -> float:
-        """Summed NLL of one window in nats: what a search that may give a set up early asks for; not memoised."""
-        chosen = self._windows[window]
-        logits, _ = self._run(chosen, self._own(kept), kept, _shared_prefix(self._base, kept))
+        """Summed NLL of one window in nats: what a search that may give a set up early asks for; not memoised.
+
+        Starts from the longest run of first layers that the base set or an earlier call has gone through.
+        """
+        chosen, kept = self._windows[window], tuple(kept)
+        base = _shared_prefix(self._base, kept)
+        shared = next((n for n in range(len(kept) - 1, base, -1) if kept[:n] in chosen.trails), base)
+        logits, states = self._run(chosen, self._own(kept), kept, shared, chosen.trails.get(kept[:shared]))
+        if sum(len(w.trails) for w in self._windows) * states[0].nbytes < TRAIL_BYTES:
+            chosen.trails.update((kept[: shared + n], states[n]) for n in range(1, len(states) - 1))
         return float(summed_nll(logits, _labels(chosen, logits)))
 
     def evaluate_plan(self, plan: PruningPlan) -> SetQuality:
@@ -140,6 +153,7 @@ class LayerSetSearch:
                 window.states[shared:] = self._run(window, self._own(kept), kept, shared)[1]
         for window in self._windows:
             del window.states[len(kept) + 1 :]
+            window.trails = {run: state for run, state in window.trails.items() if set(run) <= set(kept)}
         self._base = kept
 
     def _without(self, removed: Sequence[int]) -> list[int]:
@@ -173,12 +187,20 @@ class LayerSetSearch:
         return SetQuality(math.exp(min(nll / count, 690.0)), kl / count, tuple(window_kl))
 
     def _run(
-        self, window: _Window, modules: Sequence[nn.Module], kept: Sequence[int], shared: int
+        self,
+        window: _Window,
+        modules: Sequence[nn.Module],
+        kept: Sequence[int],
+        shared: int,
+        state: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run modules[shared:] on the states after the first `shared`; return real-row logits and the states passed."""
+        """Run modules[shared:] on the states after the first `shared`; return real-row logits and the states passed.
+
+        Without `state` these are the base set's.
+        """
         modules, kinds = list(modules[shared:]), list(kept[shared:])
         if shared:
-            self._inject.states = window.states[shared]
+            self._inject.states = window.states[shared] if state is None else state
             modules.insert(0, self._inject)
             kinds.insert(0, kept[shared - 1])
         with (

@@ -101,6 +101,31 @@ def test_window_sums_are_those_of_a_whole_evaluation():
     assert math.exp(total / search.num_tokens) == search.evaluate(kept).perplexity
 
 
+def test_what_earlier_trials_went_through_is_not_run_again():
+    model = make_model(0)
+    windows = own_words(model)
+    search, fresh = LayerSetSearch(model, windows), LayerSetSearch(model, windows)
+    ran = []
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda *_, number=number: ran.append(number))
+    search.window_nll([0, 2, 3, 4, 5, 6], 1)
+    assert ran == [2, 3, 4, 5, 6]
+    search.rebase([0, 1, 2, 3, 5, 6])
+    for kept, expected in (([0, 2, 3, 5, 6], [5, 6]), ([0, 1, 2, 3, 6], [6]), ([0, 3, 5, 6], [3, 5, 6])):
+        ran.clear()
+        nll = search.window_nll(kept, 1)
+        assert ran == expected
+        assert nll == fresh.window_nll(kept, 1)
+
+
+def test_states_are_left_behind_only_while_they_fit(monkeypatch):
+    model = make_model(0)
+    windows = own_words(model)
+    expected = select("perplexity", ask(model, windows, 3)[0])
+    monkeypatch.setattr("prune2serve.layer_sets.TRAIL_BYTES", 10_000)
+    assert select("perplexity", ask(model, windows, 3)[0]) == expected
+
+
 def test_summed_nll_against_cross_entropy():
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(150, 40, generator=generator), torch.randint(40, (150,), generator=generator)

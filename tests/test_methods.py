@@ -60,6 +60,7 @@ def test_one_shot_selectors_take_the_lowest_unprotected():
     assert select("block-influence", asked).removed == (1, 3)
     assert select("relative-magnitude", asked).removed == (2, 4)
     assert select("last", asked).removed == (3, 4)
+    assert select("mssd", asked).removed == select("masd", asked).removed == (2, 3)
     assert select("angular", asked).removed == (2, 3)
 
 

@@ -12,6 +12,7 @@ from prune2serve.methods import (
     simdiff,
     sliding_merge,
     streamline,
+    successive_difference,
 )
 from prune2serve.methods.base import Selection, Selector
 from prune2serve.records import PruningPlan
@@ -24,6 +25,8 @@ SELECTORS: dict[str, Selector] = {
     "sliding-merge": sliding_merge.select,
     "streamline": streamline.select,
     "relative-magnitude": relative_magnitude.select,
+    "mssd": successive_difference.select_mssd,
+    "masd": successive_difference.select_masd,
     "last": baselines.select_last,
     "random": baselines.select_random,
 }

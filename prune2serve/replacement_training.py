@@ -37,7 +37,9 @@ from prune2serve.records import CalibrationSet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 2e-3
+"""Of layers up to REFERENCE_WIDTH wide; wider ones take proportionally smaller steps."""
+REFERENCE_WIDTH = 576
 WARM_UP = 0.1
 """Fraction of the steps over which the learning rate rises; then it falls as a cosine."""
 CHECK_EVERY = 12
@@ -81,7 +83,8 @@ def train_replacement(
     train, held_out = every[:-num_held_out] or every, every[-num_held_out:]
     with frozen(model):
         loss = LOSSES[options.replacement_loss](model, layer, run)
-        return _train(layer, loss, train, held_out, options.replacement_steps, seed)
+        rate = LEARNING_RATE * min(1.0, REFERENCE_WIDTH / model.config.get_text_config().hidden_size)
+        return _train(layer, loss, train, held_out, options.replacement_steps, rate, seed)
 
 
 def trainable_copy(original: nn.Module, kind: str) -> nn.Module:
@@ -103,10 +106,16 @@ def trainable_copy(original: nn.Module, kind: str) -> nn.Module:
 
 
 def _train(
-    layer: nn.Module, loss: Loss, train: list[Window], held_out: list[Window], num_steps: int, seed: int
+    layer: nn.Module,
+    loss: Loss,
+    train: list[Window],
+    held_out: list[Window],
+    num_steps: int,
+    learning_rate: float,
+    seed: int,
 ) -> TrainedLayer:
     parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step + 1, num_steps))
     order = _shuffled(len(train), num_steps, seed)
     before = _mean(loss, held_out)

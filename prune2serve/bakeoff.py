@@ -206,7 +206,7 @@ class Oven:
         scores, parent = self.scores(), self.parent()
         clock, memory = Clock(), PeakMemory(self.bench.device)
         self.bench.options = options
-        store = SharedScores(options.selection_key(self.bench.parent.fingerprint), scores)
+        store = SharedScores(f"bakeoff-{row_key(self.bench.parent, options)}", scores)
         try:
             _, plan = make_plan(self.bench, self.num_layers, store, clock)
             num_parameters, quality = self.measure(plan, parent, clock)

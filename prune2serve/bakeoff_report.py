@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean
+from typing import Literal
 
 from markupsafe import Markup, escape
 
 from prune2serve.bakeoff import Bakeoff, BakeoffRow
-from prune2serve.records import QualityReport
+from prune2serve.records import QualityReport, TaskResult
 from prune2serve.serve.charts import Axis, short
 
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 34, 36
+LABEL_WIDTH = 92.0
+DODGE = 7.0
 COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f5fc9", "#8a6d3b", "#c0392b", "#5b7083",
 )  # fmt: skip
@@ -28,7 +31,7 @@ svg{--ink:#1c2330;--soft:#69707d;--grid:#e3e6eb;--paper:#fff;font:12px system-ui
 @media(prefers-color-scheme:dark){svg{--ink:#e8eaee;--soft:#a0a7b4;--grid:#333a46;--paper:#14171d}}
 svg .paper{fill:var(--paper)}svg text{fill:var(--ink)}svg .tick{fill:var(--soft);font-size:11px}
 svg .grid{stroke:var(--grid)}svg .front{fill:none;stroke:var(--soft);stroke-width:1.5;stroke-dasharray:5 4}
-svg .title{font-weight:600}
+svg .title{font-weight:600}svg .parent{stroke:var(--soft);stroke-width:1.5}
 """
 
 
@@ -48,6 +51,8 @@ class Measure:
     value: Callable[[QualityReport], float]
     higher_is_better: bool = False
     log: bool = True
+    parent: Callable[[QualityReport], float] | None = None
+    """The parent's own value, where it is worth a line."""
 
 
 MEASURES = (
@@ -55,16 +60,17 @@ MEASURES = (
     Measure("Perplexity, times the parent's (lower is better)", lambda q: q.perplexity.ratio),
     Measure(
         "Zero-shot accuracy, mean over the tasks, % (higher is better)",
-        lambda q: 100 * mean_accuracy(q),
+        lambda q: 100 * mean_accuracy(q.tasks),
         higher_is_better=True,
         log=False,
+        parent=lambda q: 100 * mean_accuracy(q.tasks, "parent"),
     ),
 )
 
 
-def mean_accuracy(quality: QualityReport) -> float:
+def mean_accuracy(tasks: Sequence[TaskResult], of: Literal["parent", "pruned"] = "pruned") -> float:
     """Of each task acc_norm where it has one, else acc."""
-    return mean(task.metrics[headline(tuple(task.metrics))].pruned for task in quality.tasks)
+    return mean(getattr(task.metrics[headline(tuple(task.metrics))], of) for task in tasks)
 
 
 def headline(metrics: Sequence[str]) -> str:
@@ -78,7 +84,7 @@ def pareto(rows: Sequence[BakeoffRow], measure: Measure) -> list[BakeoffRow]:
     front: list[BakeoffRow] = []
     best = float("inf")
     for row, value in done:
-        if value < best:
+        if value < best or (value == best and row.num_parameters == front[-1].num_parameters):
             front.append(row)
             best = value
     return front
@@ -159,29 +165,39 @@ def chart(result: Bakeoff) -> Markup:
 def _panel(result: Bakeoff, rows: Sequence[BakeoffRow], methods: Sequence[str], measure: Measure, top: int) -> str:
     values = [measure.value(row.quality) for row in rows if row.quality]
     sizes = [row.num_parameters / 1e6 for row in rows]
-    margin = max(max(sizes) - min(sizes), max(sizes) * 0.02) * 0.08
+    parent = measure.parent(rows[0].quality) if measure.parent and rows[0].quality else None
+    spread = values if parent is None else [*values, parent]
+    margin = max(max(sizes) - min(sizes), max(sizes) * 0.02) * 0.1
     x = Axis(min(sizes) - margin, max(sizes) + margin, LEFT, WIDTH - RIGHT)
     log = measure.log and min(values) > 0
-    pad = (max(values) - min(values) or 1) * 0.08
-    low, high = (min(values) / 1.12, max(values) * 1.12) if log else (min(values) - pad, max(values) + pad)
+    pad = (max(spread) - min(spread) or 1) * 0.08
+    low, high = (min(spread) / 1.12, max(spread) * 1.12) if log else (min(spread) - pad, max(spread) + pad)
     y = Axis(low, high, top + HEIGHT - BOTTOM, top + TOP, log)
     parts = [f'<text class="title" x="{LEFT}" y="{top + 20}">{escape(measure.title)}</text>']
     for value in y.ticks(5):
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value)}" y2="{y(value)}"/>')
         parts.append(_tick(LEFT - 8, y(value) + 4, short(value), "end"))
+    base, labelled = top + HEIGHT - BOTTOM, -LABEL_WIDTH
     for size in sorted(set(sizes)):
         share = size * 1e6 / result.num_parameters
-        parts.append(
-            f'<line class="grid" x1="{x(size)}" x2="{x(size)}" y1="{top + TOP}" y2="{top + HEIGHT - BOTTOM}"/>'
-        )
-        parts.append(_tick(x(size), top + HEIGHT - BOTTOM + 16, f"{size:.1f}M ({share:.0%})"))
-    front = [
-        (x(row.num_parameters / 1e6), y(measure.value(row.quality))) for row in pareto(rows, measure) if row.quality
-    ]
-    parts.append(f'<polyline class="front" points="{" ".join(f"{a},{b}" for a, b in front)}"/>')
+        parts.append(f'<line class="grid" x1="{x(size)}" x2="{x(size)}" y1="{top + TOP}" y2="{base}"/>')
+        if x(size) - labelled > LABEL_WIDTH:
+            labelled = x(size)
+            parts.append(_tick(labelled, base + 16, f"{size:.1f}M ({share:.0%})"))
+    if parent is not None:
+        parts.append(f'<line class="parent" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(parent)}" y2="{y(parent)}"/>')
+        parts.append(_tick(LEFT + 4, y(parent) + 14, "parent", "start"))
+
+    def place(row: BakeoffRow, value: float) -> tuple[float, float]:
+        """Methods of one size stand side by side, so that equal ones are both seen."""
+        aside = (methods.index(row.method) - (len(methods) - 1) / 2) * min(DODGE, DODGE * 6 / len(methods))
+        return x(row.num_parameters / 1e6) + aside, y(value)
+
+    front = [place(row, measure.value(row.quality)) for row in pareto(rows, measure) if row.quality]
+    parts.append(f'<polyline class="front" points="{" ".join(f"{a:.2f},{b:.2f}" for a, b in sorted(front))}"/>')
     for row, value in zip(rows, values, strict=True):
         title = f"{row.method} at {row.ratio:g}: {value:.4g}, layers {ranges(row.removed)} removed"
-        parts.append(_point(methods.index(row.method), x(row.num_parameters / 1e6), y(value), title))
+        parts.append(_point(methods.index(row.method), *place(row, value), title))
     return "".join(parts)
 
 

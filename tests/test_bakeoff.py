@@ -200,6 +200,8 @@ def test_the_pareto_front_by_hand():
     a, b, c, d, e = row("a", 10, 5.0), row("b", 10, 4.0), row("c", 20, 4.0), row("d", 20, 1.0), row("e", 30, 2.0)
     failed = replace(row("f", 5, 0.0), quality=None)
     assert [r.method for r in pareto([e, d, failed, c, b, a], MEASURES[0])] == ["b", "d"]
+    # Equals are both on it.
+    assert [r.method for r in pareto([a, b, row("g", 10, 4.0)], MEASURES[0])] == ["b", "g"]
 
 
 def test_suffixes_become_options():

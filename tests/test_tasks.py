@@ -63,7 +63,10 @@ def test_shared_contexts_and_batches_give_what_one_pass_a_choice_gives(model):
     check_against_naive(model, random_items())
 
 
-@pytest.mark.parametrize("limit", [("BATCH_TOKENS", {"cpu": 1, "other": 1}), ("BATCH_LOGITS", 1), ("BATCH_TOKENS", {"cpu": 10**9, "other": 1})])
+@pytest.mark.parametrize(
+    "limit",
+    [("BATCH_TOKENS", {"cpu": 1, "other": 1}), ("BATCH_LOGITS", 1), ("BATCH_TOKENS", {"cpu": 10**9, "other": 1})],
+)
 def test_no_batch_size_changes_a_score(model, monkeypatch, limit):
     monkeypatch.setattr(f"prune2serve.loglikelihood.{limit[0]}", limit[1])
     check_against_naive(model, random_items(1))

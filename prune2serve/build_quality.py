@@ -51,6 +51,12 @@ def evaluate_build(
     )
     bench = Workbench(parent, options)
     bench.check_inputs()
+    expected = calibration.get("report_split_sha256")
+    if text is None and expected and bench.calibration.report.sha256 != expected:
+        raise Prune2ServeError(
+            f"the calibration text {options.calibration} no longer gives the windows that {directory} was reported on: "
+            "name a text with --text FILE"
+        )
     return bench.measure(bench.load(open_checkpoint(str(directory))))
 
 

@@ -198,7 +198,8 @@ def deal(documents: Sequence[Tokens], sizes: Sizes, source: str, seed: int, sepa
         wanted = max(int(getattr(sizes, name) * sizes.window * shrink), 1)
         taken: list[Tokens] = []
         while remaining and len(remaining) > later and sum(len(d) + 1 for d in taken) < wanted:
-            taken.append(remaining.pop(0))
+            room = wanted - sum(len(d) + 1 for d in taken)
+            taken.append(remaining.pop(0)[:room])  # what one document has beyond that is no other split's to use
         windows = max(MIN_WINDOWS, min(getattr(sizes, name), -(-wanted // sizes.window)))
         splits[name] = pack(taken, windows, sizes.window, source, seed, separator)
     return Calibration(**splits)

@@ -165,6 +165,12 @@ def down_projection(layer: nn.Module) -> str:
             f"linear-fold is invalid for {type(layer).__name__}: {after[0]} stands between its MLP and the hidden "
             "states: use --compensate none"
         )
+    scales = sorted(name for module in layer.modules() for name in vars(module) if "multiplier" in name)
+    if scales:
+        raise UnsupportedArchitectureError(
+            f"linear-fold is invalid for {type(layer).__name__}: {scales[0]} scales what its MLP adds: use "
+            "--compensate none"
+        )
     for name in DOWN_PROJECTIONS:
         if name in names and getattr(layer.get_submodule(name), "weight", None) is not None:
             return name

@@ -13,7 +13,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def resolve_device(name: str) -> str:
-    """Turn `auto` into cuda, mps or cpu; check that a named device is there.
+    """Turn `auto` into cuda or cpu; check that a named device is there.
 
     Raises:
         Prune2ServeError: the named device cannot be used here.
@@ -21,7 +21,9 @@ def resolve_device(name: str) -> str:
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("mps"):
+        raise Prune2ServeError("--device mps has no float64, in which every mean is accumulated: use cpu")
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:

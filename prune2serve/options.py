@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from prune2serve import __version__
 from prune2serve.calibration import SELF, Sizes
 from prune2serve.errors import Prune2ServeError
 from prune2serve.methods.base import SelectorOptions
@@ -47,8 +48,8 @@ class BuildOptions:
     tasks_limit: int | None = None
     """Only the first items of each."""
     formats: tuple[str, ...] = ("safetensors",)
-    precision: str = "fp32"
-    """Of the ONNX export."""
+    precision: str | None = None
+    """Of the ONNX export; None: fp32 on a CPU, fp16 on a GPU."""
     max_shard_size: int = 5_000_000_000
     max_perplexity_ratio: float | None = None
     device: str = "auto"
@@ -74,6 +75,16 @@ class BuildOptions:
             raise Prune2ServeError(
                 "--refine counts layer sets and --refine-seconds is a time limit: give positive numbers"
             )
+        if self.surgery_only and (self.refine or self.max_perplexity_ratio is not None):
+            raise Prune2ServeError(
+                "--surgery-only measures nothing: leave out --refine and --max-perplexity-ratio, or --surgery-only"
+            )
+        if self.max_perplexity_ratio is not None and not 0 < self.max_perplexity_ratio < float("inf"):
+            raise Prune2ServeError(
+                f"--max-perplexity-ratio {self.max_perplexity_ratio} is no limit: give one such as 1.5"
+            )
+        if self.max_shard_size < 1:
+            raise Prune2ServeError(f"--max-shard-size is {self.max_shard_size} bytes: give at least 1, such as 5GB")
         unknown = [name for name in self.formats if name not in FORMATS]
         if unknown:
             raise Prune2ServeError(f"no format {unknown[0]!r}: choose among {', '.join(FORMATS)}")
@@ -85,5 +96,7 @@ class BuildOptions:
         }  # fmt: skip
         chosen = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in outside}
         chosen["sizes"] = asdict(self.sizes)
-        text = json.dumps([parent_fingerprint, chosen], sort_keys=True, default=str)
+        file = Path(self.calibration).expanduser()
+        content = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+        text = json.dumps([__version__, parent_fingerprint, content, chosen], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:24]

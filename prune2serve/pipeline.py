@@ -7,11 +7,12 @@ import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prune2serve import __version__, versions
 from prune2serve.architectures import Architecture, architecture_of
 from prune2serve.clock import Clock
+from prune2serve.errors import Prune2ServeError
 from prune2serve.export.checkpoint import hash_files, write_manifest, write_model_card
 from prune2serve.lint import lint
 from prune2serve.methods import check_method
@@ -23,8 +24,11 @@ from prune2serve.records import Checkpoint, Manifest, PruningPlan, QualityReport
 from prune2serve.stage_store import StageStore
 from prune2serve.staging import refuse_existing, staged_directory
 from prune2serve.surgery import write_pruned
-from prune2serve.tensors import check_finite, read_index
+from prune2serve.tensors import check_finite, is_float, read_index, torch_dtype
 from prune2serve.workbench import Workbench
+
+if TYPE_CHECKING:
+    import torch
 
 
 def build(options: BuildOptions) -> Manifest:
@@ -38,6 +42,7 @@ def build(options: BuildOptions) -> Manifest:
     clock = Clock()
     with clock("open"):
         parent = open_checkpoint(options.model, revision=options.revision)
+        refuse_overwriting_parent(parent, options.output)
         architecture = check_checkpoint(parent)
     bench = Workbench(parent, options)
     bench.check_inputs()
@@ -68,13 +73,24 @@ def build(options: BuildOptions) -> Manifest:
     return manifest
 
 
+def refuse_overwriting_parent(parent: Checkpoint, output: Path) -> None:
+    """Raise when the output would replace the model it is made from, which --force must never do."""
+    target, source = output.resolve(), parent.path.resolve()
+    if source == target or target in source.parents:
+        raise Prune2ServeError(f"--output {output} holds the model itself ({parent.source}): choose another --output")
+
+
 def plan_only(options: BuildOptions) -> PruningPlan:
     """What `build` would do; nothing is written."""
     check_method(options.method)
     parent = open_checkpoint(options.model, revision=options.revision)
     architecture = check_checkpoint(parent)
     store = StageStore(options.selection_key(parent.fingerprint), resume=options.resume)
-    return make_plan(Workbench(parent, options), architecture.num_layers, store, Clock())[1]
+    try:
+        plan = make_plan(Workbench(parent, options), architecture.num_layers, store, Clock())[1]
+    finally:
+        store.clear()
+    return portable(plan)
 
 
 def check_checkpoint(parent: Checkpoint) -> Architecture:
@@ -91,13 +107,13 @@ def prove_and_measure(bench: Workbench, plan: PruningPlan, staging: Path, clock:
 
     with clock("proof"):
         pruned = bench.load(open_checkpoint(str(staging)))
-        proof = prove_reload(bench.model, pruned, plan)
+        proof = prove_reload(bench.model, pruned, plan, stored_dtype(bench.parent))
     with clock("quality"):
         quality = bench.measure(pruned)
     calibration = {
         "source": bench.options.calibration,
         "sizes": vars(bench.options.sizes),
-        "report_sha256": bench.report_windows.sha256,
+        "report_split_sha256": bench.calibration.report.sha256 if bench.options.text is None else None,
         "dtype": proof["dtype"],
     }
     return {
@@ -106,6 +122,12 @@ def prove_and_measure(bench: Workbench, plan: PruningPlan, staging: Path, clock:
         "calibration": calibration,
         "gates": gates(bench.options, quality),
     }
+
+
+def stored_dtype(parent: Checkpoint) -> torch.dtype:
+    """The dtype of the parent's weights on disk."""
+    entries = read_index(parent.path).entries.values()
+    return torch_dtype(max((entry for entry in entries if is_float(entry)), key=lambda entry: entry.size_bytes))
 
 
 def engine_verdicts(staging: Path) -> dict[str, dict[str, str]]:
@@ -155,7 +177,7 @@ def export_onnx(bench: Workbench, staging: Path) -> dict[str, Any]:
     from prune2serve.export.onnx_graph import ensure_onnx
     from prune2serve.export.parity import check_parity, require_parity
 
-    device = "cuda" if bench.device.startswith("cuda") else "cpu"
-    result = check_parity(staging, ensure_onnx(staging, bench.options.precision, device))
+    precision, device = bench.onnx_target
+    result = check_parity(staging, ensure_onnx(staging, precision, device))
     require_parity(result)
-    return {bench.options.precision: result}
+    return {precision: result}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def make_plan(
         plan = refined_plan(bench, plan, scores, store, clock)
     if options.compensate != "none" and not options.surgery_only:
         with clock("compensation"):
-            plan = compensated_plan(bench, plan, store.directory)
+            plan = compensated_plan(bench, plan, store.directory / f"folds-{os.getpid()}")
     return scores, plan
 
 
@@ -126,8 +127,11 @@ def compensated_plan(bench: Workbench, plan: PruningPlan, directory: Path) -> Pr
     Raises:
         UnsupportedArchitectureError: it is invalid here, and was asked for by name.
     """
-    from prune2serve.compensation import KIND, fold_plan
+    from prune2serve.compensation import KIND, fold_plan, removed_runs
 
+    if not removed_runs(plan):
+        why = "no removed layer follows a kept one that can be folded"
+        return replace(plan, settings={**plan.settings, "compensation": {"kind": None, "why": why}})
     asked = bench.options.compensate == KIND
     try:
         folded = fold_plan(bench.model, plan, bench.calibration.score, directory)

@@ -80,8 +80,9 @@ def _write(
         while total < num_tokens or len(documents) < 3:
             share = max(num_tokens - total, 0) / max(len(openings) - batch, 1)
             rows = min(max(math.ceil(1.2 * share / length), 4), sampling.batch_size)
-            for sample in _batch(model, tokenizer, openings[batch % len(openings)], rows, settings, batch, sampling):
-                start = tuple(sample[:32])
+            opening = openings[batch % len(openings)]
+            for sample in _batch(model, tokenizer, opening, rows, settings, batch, sampling):
+                start = tuple(sample[len(opening) :][:32])
                 if degenerate(sample, sampling.min_distinct) or start in seen:
                     rejected += 1
                     continue

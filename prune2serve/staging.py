@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from prune2serve.errors import Prune2ServeError
@@ -39,8 +39,7 @@ def staged_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(target.parent).free
             raise Prune2ServeError(
-                f"the disk that holds {target} is full ({free} bytes are free after clean-up): free some space or "
-                "choose another place"
+                f"the disk that holds {target} is full ({free} bytes free): free some space or choose another place"
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             raise Prune2ServeError(f"cannot write {target}: {error.strerror}") from error
@@ -69,16 +68,19 @@ def _alive(pid: int) -> bool:
 
 def write_text(target: Path, text: str) -> None:
     """Write one file whole: a temporary file beside it, synced, then renamed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(target)
+    except OSError as error:
+        raise Prune2ServeError(f"cannot write {target}: {error.strerror}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _sync(directory: Path) -> None:
@@ -101,4 +103,4 @@ def _swap(staging: Path, target: Path, *, force: bool) -> None:
     except OSError:
         aside.rename(target)
         raise
-    shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() else aside.unlink()
+    shutil.rmtree(aside, ignore_errors=True) if aside.is_dir() and not aside.is_symlink() else aside.unlink()

@@ -56,8 +56,23 @@ class Workbench:
         )
 
     def check_inputs(self) -> None:
-        """Read the task files before any long work: a bad line is named at once."""
+        """Read what the user named and check what is made last, before any long work."""
         _ = self.tasks
+        if self.options.text is not None:
+            _ = self.report_windows
+        if "onnx" in self.options.formats:
+            from prune2serve.export.onnx_graph import check_packages, check_precision
+
+            check_precision(*self.onnx_target)
+            check_packages()
+
+    @property
+    def onnx_target(self) -> tuple[str, str]:
+        """Precision and device of the ONNX export; the device's first precision unless one was named."""
+        from prune2serve.export.onnx_graph import PRECISIONS
+
+        device = "cuda" if self.device.startswith("cuda") else "cpu"
+        return self.options.precision or PRECISIONS[device][0], device
 
     def prepare_calibration(self) -> None:
         """Read or generate the calibration text now, so that its time is not counted as another stage's."""

@@ -27,9 +27,7 @@ def framed(data: bytes) -> bytes:
     return f"{len(data):x}\r\n".encode() + data + b"\r\n"
 
 
-async def stream(
-    writer: asyncio.StreamWriter, body: dict, options: argparse.Namespace, arrived: float
-) -> None:
+async def stream(writer: asyncio.StreamWriter, body: dict, options: argparse.Namespace, arrived: float) -> None:
     loop = asyncio.get_running_loop()
     factor = random.lognormvariate(0, options.noise) if options.noise else 1.0
     due = arrived + options.ttft_ms / 1e3 * factor
@@ -64,9 +62,7 @@ def answer(path: str, options: argparse.Namespace) -> dict | str | None:
     return None
 
 
-async def handle(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, options: argparse.Namespace
-) -> None:
+async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, options: argparse.Namespace) -> None:
     with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
         while True:
             head = await reader.readuntil(b"\r\n\r\n")

@@ -123,6 +123,17 @@ def test_it_is_refused_where_a_norm_follows_the_mlp():
         down_projection(layer)
 
 
+def test_it_is_refused_where_the_mlps_output_is_scaled():
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    config = GraniteConfig(
+        num_hidden_layers=2, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=64, residual_multiplier=0.2,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedArchitectureError, match="residual_multiplier scales what its MLP adds"):
+        down_projection(decoder_layers(GraniteForCausalLM(config))[0])
+
+
 def test_it_is_refused_for_a_mixture_of_experts():
     from transformers import MixtralConfig, MixtralForCausalLM
 

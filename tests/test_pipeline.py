@@ -166,6 +166,32 @@ def test_refine_and_fold_are_in_the_plan_and_the_reloaded_model(tiny_model, tiny
     assert plan.replacements and all("/" not in replacement.path for replacement in plan.replacements)
 
 
+@pytest.mark.parametrize(
+    ("stored", "run_as"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")]
+)
+@pytest.mark.parametrize(
+    "method", [["last", "--compensate", "linear-fold"], ["sliding-merge", "--merge-rule", "average"]]
+)
+def test_what_is_computed_is_proven_in_every_dtype(tiny_model, tiny_text, tmp_path, stored, run_as, method):
+    """Folds and merges are rounded to the parent's dtype on disk: the proof must see the same numbers."""
+    from transformers import AutoModelForCausalLM
+
+    parent = tmp_path / "parent"
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=getattr(torch, stored)).save_pretrained(parent)
+    load_tokenizer(open_checkpoint(str(tiny_model))).save_pretrained(parent)
+    answer = json.loads(build(parent, tiny_text, tmp_path / "out", "--method", *method, "--dtype", run_as))
+    proof = answer["reload_proof"]
+    assert proof["max_logit_difference"] <= proof["tolerance"] * proof["logit_range"]
+
+
+def test_evaluate_refuses_text_that_has_changed(tiny_model, tiny_text, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(tiny_text.read_text())
+    build(tiny_model, text, tmp_path / "out", "--remove", "3", "--compensate", "none")
+    text.write_text(tiny_text.read_text()[::-1])
+    assert "no longer gives the windows" in run("evaluate", tmp_path / "out", "--quiet", code=1)
+
+
 def test_evaluate_repeats_what_build_measured(tiny_model, tiny_text, tmp_path):
     built = json.loads(build(tiny_model, tiny_text, tmp_path / "out", "--remove", "3"))
     again = json.loads(run("evaluate", tmp_path / "out", "--dtype", "float32", "--json", "--quiet"))

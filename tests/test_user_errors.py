@@ -123,6 +123,14 @@ def test_weights_that_are_not_finite(build, model, value):
         (["--surgery-only"], "--surgery-only scores nothing: name the layers with --remove"),
         (["--max-shard-size", "5XB"], "--max-shard-size 5XB: expected a size such as 5GB"),
         (["--format", "gguf"], "no format 'gguf'"),
+        (["--format", "onnx", "--precision", "fp16"], "precision 'fp16' cannot be exported for cpu"),
+        (["--remove", "3,17-12"], "'17-12' is no layer"),
+        (["--remove", "3", "--surgery-only", "--max-perplexity-ratio", "2"], "--surgery-only measures nothing"),
+        (["--max-perplexity-ratio", "inf"], "--max-perplexity-ratio inf is no limit"),
+        (["--max-shard-size", "0"], "--max-shard-size is 0 bytes"),
+        (["--text", "nowhere.txt"], "no calibration text at nowhere.txt"),
+        (["--compensate", "fold"], "no compensation 'fold'"),
+        (["--device", "mps"], "--device mps has no float64"),
         (["--device", "cuda:77"], "--device cuda:77 cannot be used here"),
         (["--calibration", "nowhere.txt"], "no calibration text at nowhere.txt"),
         (["--protect-first", "7"], "2 layers should go but only 0 of 8 may"),
@@ -139,6 +147,22 @@ def test_existing_output(tiny_model, tmp_path):
     message = refused("build", "--model", tiny_model, "--output", tmp_path / "out")
     assert "out exists: choose another --output, or replace it with --force" in message
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_parent_is_never_replaced(model):
+    for output in (model, model.parent):
+        message = refused("build", "--model", model, "--output", output, "--remove", "3", "--surgery-only", "--force")
+        assert "holds the model itself" in message
+    assert (model / "model.safetensors").is_file()
+
+
+def test_a_cache_that_cannot_be_written(tiny_model, tiny_text, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PRUNE2SERVE_CACHE", str(tmp_path / "file" / "cache"))
+    message = refused(
+        "build", "--model", tiny_model, "--calibration", tiny_text, "--output", tmp_path / "out", "--window", "16"
+    )
+    assert message.startswith("cannot write")
 
 
 def test_full_disk(tiny_model, tmp_path):

@@ -31,8 +31,10 @@ def layer_list(text: str | None) -> tuple[int, ...] | None:
     for part in text.split(","):
         low, dash, high = part.strip().partition("-")
         try:
-            first = int(low)
-            layers.extend(range(first, int(high) + 1) if dash else [first])
+            run = range(int(low), int(high if dash else low) + 1)
+            if not run:
+                raise ValueError
+            layers.extend(run)
         except ValueError:
             raise Prune2ServeError(
                 f"--remove {text}: {part!r} is no layer: expected a list such as 3,4,5 or 12-17,25"
@@ -99,7 +101,7 @@ def byte_size(text: str) -> int:
 @click.option("--text-windows", type=int, help="Only its first windows.")
 @task_options
 @click.option("--format", "formats", default="safetensors", show_default=True, help="safetensors, or safetensors,onnx.")
-@click.option("--precision", default="fp32", show_default=True, help="Of the ONNX export.")
+@click.option("--precision", help="Of the ONNX export.  [default: fp32 on a CPU, fp16 on a GPU]")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file.")
 @click.option("--max-perplexity-ratio", type=float, help="Gate: exit 3 when pruned / parent perplexity is above.")
 @click.option("--output", type=click.Path(path_type=Path), default=DEFAULT_OUTPUT, show_default=True)

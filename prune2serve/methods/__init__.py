@@ -31,8 +31,6 @@ SELECTORS: dict[str, Selector] = {
     "random": baselines.select_random,
 }
 
-DEFAULT_METHOD = "simdiff"
-
 
 def check_method(name: str) -> None:
     """Raise Prune2ServeError, with the nearest known name, when there is no such selector."""

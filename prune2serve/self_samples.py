@@ -79,7 +79,7 @@ def _write(
     with task("Writing calibration text with the parent", num_tokens) as bar:
         while total < num_tokens or len(documents) < 3:
             share = max(num_tokens - total, 0) / max(len(openings) - batch, 1)
-            rows = min(max(math.ceil(1.2 * share / length), 4), sampling.batch_size)
+            rows = min(max(math.ceil(1.5 * share / length), 4), sampling.batch_size)
             opening = openings[batch % len(openings)]
             for sample in _batch(model, tokenizer, opening, rows, settings, batch, sampling):
                 start = tuple(sample[len(opening) :][:32])

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SELF = "self"
-MIN_WINDOWS = 1
 WIKITEXT_TITLE = re.compile(r"^ = [^=].* = $", re.MULTILINE)
 
 Tokens = list[int]
@@ -200,7 +199,7 @@ def deal(documents: Sequence[Tokens], sizes: Sizes, source: str, seed: int, sepa
         while remaining and len(remaining) > later and sum(len(d) + 1 for d in taken) < wanted:
             room = wanted - sum(len(d) + 1 for d in taken)
             taken.append(remaining.pop(0)[:room])  # what one document has beyond that is no other split's to use
-        windows = max(MIN_WINDOWS, min(getattr(sizes, name), -(-wanted // sizes.window)))
+        windows = min(getattr(sizes, name), -(-wanted // sizes.window))
         splits[name] = pack(taken, windows, sizes.window, source, seed, separator)
     return Calibration(**splits)
 

@@ -38,7 +38,7 @@ DEFAULT_METHODS = "simdiff,block-influence,angular,relative-magnitude"
 @click.option("--text-windows", type=int, help="Only its first windows.")
 @task_options
 @click.option("--output", type=click.Path(path_type=Path), default=Path("bakeoff"), show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--force", is_flag=True, help="Measure rows again that --output holds with other settings.")

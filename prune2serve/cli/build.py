@@ -105,7 +105,7 @@ def byte_size(text: str) -> int:
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file.")
 @click.option("--max-perplexity-ratio", type=float, help="Gate: exit 3 when pruned / parent perplexity is above.")
 @click.option("--output", type=click.Path(path_type=Path), default=DEFAULT_OUTPUT, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1.")
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
